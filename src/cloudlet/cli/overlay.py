@@ -1,0 +1,290 @@
+"""``cloudlet overlay ...``: making, looking at and vouching for overlays."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from cliff.show import ShowOne
+
+from cloudlet.cli.app import CloudletCommand
+from cloudlet.cli.console import attach
+from cloudlet.cli.progress import progress_bar
+from cloudlet.control import publishing, recipe
+from cloudlet.control.publishing import Published
+from cloudlet.control.source import open_source
+from cloudlet.errors import NotFoundError, UsageError
+from cloudlet.hypervisor.driver import Instance
+from cloudlet.model import GuestPort, PublishedPort, Readiness, format_bytes
+from cloudlet.overlay.apply import verify_only
+from cloudlet.overlay.diff import SpaceDifference, compare
+from cloudlet.overlay.pages import Space
+from cloudlet.overlay.reader import OverlayReader
+from cloudlet.overlay.root import App
+from cloudlet.overlay.sign import Sign, resign
+from cloudlet.store.keyring import DEFAULT
+
+Columns = tuple[Sequence[str], Sequence[Any]]
+
+
+class Create(CloudletCommand, ShowOne):
+    """Make an overlay: start a private instance of BASE, change it by a recipe or by hand, capture it.
+
+    Example: cloudlet overlay create debian-12 --recipe examples/route-planner -o route-planner.overlay
+    """
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("base", metavar="BASE", help="the base VM, by name or the beginning of its id")
+        parser.add_argument(
+            "-o", "--output", required=True, type=Path, metavar="FILE", help="the file to write"
+        )
+        how = parser.add_mutually_exclusive_group(required=True)
+        how.add_argument("--recipe", type=Path, metavar="DIR", help="a folder with recipe.yaml and files")
+        how.add_argument("--interactive", action="store_true", help="change it by hand, on its console")
+        parser.add_argument("--name", help="with --interactive: the app's name (default: the file's)")
+        parser.add_argument("--app-version", default="1", help="with --interactive: the app's version")
+        parser.add_argument(
+            "--ready", help="with --interactive: the app's readiness rule (default: the base's)"
+        )
+        parser.add_argument(
+            "-p",
+            "--port",
+            type=int,
+            action="append",
+            default=[],
+            help="with --interactive: a port the app listens on",
+        )
+        parser.add_argument(
+            "--seed", type=Path, metavar="ISO", help="with --interactive: a medium for the optical drive"
+        )
+        parser.add_argument("--key", default=DEFAULT, help=f"the key to sign with (default: {DEFAULT})")
+        parser.add_argument("--unsigned", action="store_true", help="do not sign it")
+        parser.add_argument(
+            "--plain-delta",
+            action="store_true",
+            help="also measure the plain delta, for the report (costs CPU time)",
+        )
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Columns:
+        site = self.app.site()
+        base = site.bases.find(parsed_args.base)
+        sign: Sign | None = None if parsed_args.unsigned else site.keys.signer(parsed_args.key)
+        with progress_bar("packing") as progress:
+            if parsed_args.recipe:
+                builds = site.settings.cache_dir / "recipes" / parsed_args.recipe.absolute().name
+                published = publishing.create_overlay(
+                    site,
+                    base,
+                    parsed_args.recipe,
+                    parsed_args.output.absolute(),
+                    build_folder=builds,
+                    sign=sign,
+                    say=self.app.say,
+                    progress=progress,
+                    plain_delta=parsed_args.plain_delta,
+                )
+            else:
+                app = App(
+                    name=parsed_args.name or parsed_args.output.name.partition(".")[0],
+                    version=parsed_args.app_version,
+                    ports=tuple(GuestPort(port) for port in parsed_args.port),
+                    ready=Readiness.parse(parsed_args.ready) if parsed_args.ready else base.description.ready,
+                )
+                published = publishing.create_interactively(
+                    site,
+                    base,
+                    app,
+                    parsed_args.output.absolute(),
+                    until=self._by_hand,
+                    sign=sign,
+                    say=self.app.say,
+                    ports=[PublishedPort(port) for port in parsed_args.port],
+                    seed=parsed_args.seed,
+                    progress=progress,
+                )
+        return _report(published, base.bytes_on_disk())
+
+    def _by_hand(self, instance: Instance) -> None:
+        for endpoint in instance.endpoints:
+            self.app.say(f"port {endpoint.guest_port} of the guest is {endpoint.host}:{endpoint.host_port}")
+        attach(instance, sys.stdin, self.app.stderr)
+
+
+class _OneOverlay(CloudletCommand):
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "overlay", metavar="OVERLAY", help="a file, an http(s) URL, or - for standard input"
+        )
+        return parser
+
+
+class Show(_OneOverlay, ShowOne):
+    """Show what an overlay says of itself; reads no more than its root."""
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Columns:
+        with open_source(parsed_args.overlay, sys.stdin.buffer) as source:
+            reader = OverlayReader(source, None, allow_unsigned=True)
+        root = reader.root
+        key_id = reader.signature[:32].hex()[:16]
+        names = {key.key_id.hex()[:16]: key.name for key in self.app.site().keys.all() if key.trusted}
+        by = f"{names.get(key_id, 'a key that is not trusted here')} ({key_id})" if key_id else "nobody"
+        values = {
+            "name": root.app.name,
+            "version": root.app.version,
+            "summary": root.app.summary,
+            "id": reader.identity,
+            "signed_by": by,
+            "created": root.created,
+            "base": root.base,
+            "ports": " ".join(str(port.port) for port in root.app.ports),
+            "ready": str(root.app.ready),
+            "publish": root.app.publish.value,
+            "machine": root.machine.machine_type,
+            "made_for": f"{root.machine.accelerator}/{root.machine.cpu_model}",
+            "memory_bytes": root.machine.memory_bytes,
+            "disk_bytes": root.machine.disk_bytes,
+            "bytes": reader.header.file_bytes,
+            "ram_pages": root.totals.ram_pages,
+            "disk_blocks": root.totals.disk_pages,
+            "literals": root.totals.literals,
+            "frames": root.totals.frames,
+            "hot_frames": len(root.hot_frames),
+            "hot_bytes": sum(entry.size for entry in root.hot_frames),
+            "device_bytes": root.totals.device_bytes,
+        }
+        return tuple(values), tuple(values.values())
+
+
+class Verify(_OneOverlay):
+    """Read all of an overlay and check its signature and every part; needs no base."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("--allow-unsigned", action="store_true", help="check it even if nobody signed it")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        ring = self.app.site().keys
+        with (
+            open_source(parsed_args.overlay, sys.stdin.buffer) as source,
+            progress_bar("verifying", in_bytes=True) as progress,
+        ):
+            reader = OverlayReader(source, ring.verify, allow_unsigned=parsed_args.allow_unsigned)
+            verify_only(reader, progress)
+        signed = f"signed by {reader.signed_by}" if reader.signed_by else "not signed"
+        self.app.say(f"{reader.root.app.name} {reader.root.app.version} is whole, {signed}")
+
+
+class PutSignature(_OneOverlay):
+    """Sign an overlay with a key of yours, in place of the signature it has."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "-o", "--output", type=Path, metavar="FILE", help="write here (default: in place)"
+        )
+        parser.add_argument("--key", default=DEFAULT, help=f"the key to sign with (default: {DEFAULT})")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        site = self.app.site()
+        output = parsed_args.output or Path(parsed_args.overlay)
+        if not parsed_args.output and not output.is_file():
+            raise UsageError("what is not a file cannot be signed in place", hint="give --output")
+        if not output.absolute().parent.is_dir():
+            raise NotFoundError(f"the folder {output.absolute().parent} is not there")
+        signer = site.keys.signer(parsed_args.key)
+        temporary = output.with_name(f".{output.name}.{os.getpid()}.new")
+        try:
+            with open_source(parsed_args.overlay, sys.stdin.buffer) as source, temporary.open("wb") as out:
+                # Nobody has to trust the old signature to put a new one: all parts are checked on the way.
+                resign(OverlayReader(source, None, allow_unsigned=True), out, signer)
+            temporary.replace(output)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self.app.say(f"{output} is signed by {parsed_args.key}")
+
+
+class Diff(CloudletCommand, ShowOne):
+    """Compare two overlays of one base: what each brings, and what is the same."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("first", metavar="OVERLAY", help="an overlay")
+        parser.add_argument("second", metavar="OVERLAY", help="another one")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Columns:
+        site = self.app.site()
+        with ExitStack() as stack:
+            readers = [
+                OverlayReader(
+                    stack.enter_context(open_source(name, sys.stdin.buffer)), None, allow_unsigned=True
+                )
+                for name in (parsed_args.first, parsed_args.second)
+            ]
+            base = site.bases.find(readers[0].root.base)
+            pages = stack.enter_context(base.pages())
+            difference = compare(readers[0], readers[1], pages)
+        values: dict[str, Any] = {
+            "same": readers[0].identity == readers[1].identity,
+            "bytes_first": difference.first_bytes,
+            "bytes_second": difference.second_bytes,
+            "devices_equal": difference.device_state_equal,
+            **_space("ram_pages", difference.ram),
+            **_space("disk_blocks", difference.disk),
+        }
+        return tuple(values), tuple(values.values())
+
+
+class RecipeSchema(CloudletCommand):
+    """Print the JSON Schema of recipe.yaml."""
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        self.app.stdout.write(json.dumps(recipe.schema(), indent=2) + "\n")
+
+
+def _space(name: str, difference: SpaceDifference) -> dict[str, int]:
+    return {
+        f"{name}_equal": difference.equal.size,
+        f"{name}_different": difference.different.size,
+        f"{name}_only_first": difference.only_first.size,
+        f"{name}_only_second": difference.only_second.size,
+    }
+
+
+def _report(published: Published, base_bytes: int) -> Columns:
+    report = published.report
+    values: dict[str, Any] = {
+        "overlay": str(published.path),
+        "id": report.identity,
+        "bytes": report.file_bytes,
+        "size": format_bytes(report.file_bytes),
+        "changed_bytes": report.changed_pages * 4096,
+        "ratio_to_full_image": round(report.file_bytes / base_bytes, 4),
+    }
+    if report.plain_delta_bytes:
+        values["plain_delta_bytes"] = report.plain_delta_bytes
+        values["ratio_to_plain_delta"] = round(report.file_bytes / report.plain_delta_bytes, 3)
+    for space in Space:
+        counts = {operation.name.lower(): number for operation, number in sorted(report.pages[space].items())}
+        values["ram_pages" if space is Space.RAM else "disk_blocks"] = counts
+    values["bytes_by_kind"] = {
+        "pages": report.frame_bytes,
+        "map": report.map_bytes,
+        "devices": report.device_bytes,
+        "index": report.index_bytes,
+        "head": report.head_bytes,
+    }
+    values["pause_seconds"] = round(published.pause_seconds, 3)
+    values["seconds"] = published.seconds
+    return tuple(values), tuple(values.values())

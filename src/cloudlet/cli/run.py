@@ -1,0 +1,170 @@
+"""``cloudlet run``, ``ps`` and ``stop``: synthesised machines on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from cliff.lister import Lister
+
+from cloudlet.cli.app import CloudletCommand
+from cloudlet.cli.progress import progress_bar
+from cloudlet.control.source import open_source
+from cloudlet.control.synthesis import Synthesised, synthesise
+from cloudlet.errors import ConflictError, FailedError, NotFoundError, UsageError
+from cloudlet.hypervisor.driver import Instance
+from cloudlet.hypervisor.records import read_record, records
+from cloudlet.model import PublishedPort, parse_rate
+
+
+class Run(CloudletCommand):
+    """Synthesise a machine from an overlay, print where it answers, and run it until Ctrl-C.
+
+    OVERLAY is a file, an http(s) URL or - for standard input. The first URL on standard output is the
+    endpoint; with -f json all endpoints, the seconds of each step and the bytes are one line of JSON.
+    """
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "overlay", metavar="OVERLAY", help="a file, an http(s) URL, or - for standard input"
+        )
+        parser.add_argument(
+            "-p",
+            "--port",
+            action="append",
+            default=[],
+            metavar="[ADDRESS:]HOST:GUEST",
+            help="publish the guest's port GUEST as HOST (default: a free port on 127.0.0.1)",
+        )
+        parser.add_argument(
+            "--rate", metavar="RATE", help="read no faster than this, for trials: 10M is 10 Mbit/s"
+        )
+        parser.add_argument("--allow-unsigned", action="store_true", help="run it even if nobody signed it")
+        parser.add_argument(
+            "-f", "--format", choices=("text", "json"), default="text", help="how to print (default: text)"
+        )
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        ports = [_published(text) for text in parsed_args.port]
+        rate = parse_rate(parsed_args.rate) if parsed_args.rate else None
+        as_json = parsed_args.format == "json"
+        site = self.app.site()
+        given_out = False
+
+        def give_out(instance: Instance) -> None:
+            nonlocal given_out
+            given_out = True
+            self._print_endpoints(instance)
+
+        with (
+            open_source(parsed_args.overlay, sys.stdin.buffer, rate) as source,
+            progress_bar("receiving", in_bytes=True) as progress,
+            synthesise(
+                site,
+                source,
+                ports=ports,
+                allow_unsigned=parsed_args.allow_unsigned,
+                progress=progress,
+                answering=None if as_json else give_out,
+            ) as synthesised,
+        ):
+            if as_json:
+                print(json.dumps(_document(synthesised)), flush=True)
+            else:
+                if not given_out:
+                    self._print_endpoints(synthesised.instance)
+                self._tell(synthesised)
+            synthesised.instance.wait()
+            raise FailedError("the machine ended by itself")
+
+    def _print_endpoints(self, instance: Instance) -> None:
+        for endpoint in instance.endpoints:
+            print(endpoint.url, flush=True)
+
+    def _tell(self, synthesised: Synthesised) -> None:
+        app, moments = synthesised.root.app, synthesised.timings.moments
+        self.app.say(
+            f"{app.name} {app.version}, instance {synthesised.instance.id}: answering after "
+            f"{moments['answering']:.2f} s, ready after {moments['ready']:.2f} s; Ctrl-C ends it"
+        )
+        if not synthesised.renewed:
+            self.app.say("its identity could not be renewed: the guest has no agent")
+
+
+class Ps(CloudletCommand, Lister):
+    """List the machines that run here."""
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+        site = self.app.site()
+        rows = []
+        for _, record in records(site.settings.instances_dir):
+            since = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            where = " ".join(f"{endpoint.url}" for endpoint in record.endpoints)
+            state = "running" if record.machine and record.machine.alive() else "starting"
+            rows.append((record.id, record.name, state, where, record.base_id[:16], since))
+        return ("id", "name", "state", "endpoints", "base", "since"), rows
+
+
+class Stop(CloudletCommand):
+    """End a machine that runs here."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "instances", nargs="+", metavar="INSTANCE", help="its id, or its name if only one has it"
+        )
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        folder = self.app.site().settings.instances_dir
+        for wanted in parsed_args.instances:
+            running = records(folder)
+            matching = [path for path, record in running if wanted in (record.id, record.name)]
+            if len(matching) > 1:
+                ids = ", ".join(path.name for path in matching)
+                raise ConflictError(f"{len(matching)} machines are called {wanted}", hint=f"name one: {ids}")
+            if not matching:
+                raise NotFoundError(f"no machine {wanted!r} runs here", hint="cloudlet ps")
+            record = read_record(matching[0])
+            if record and record.machine:
+                record.machine.kill()
+            # Its owner sees it end and removes what is left.
+            deadline = time.monotonic() + 10.0
+            while matching[0].exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            self.app.say(f"{wanted} is ended")
+
+
+def _published(text: str) -> PublishedPort:
+    address, _, ports = text.rpartition(":")
+    host, _, outside = address.rpartition(":")
+    if not (ports.isdecimal() and outside.isdecimal() and 0 < int(ports) < 65536 and int(outside) < 65536):
+        raise UsageError(f"--port {text}: write HOST:GUEST or ADDRESS:HOST:GUEST", hint="such as 8000:8080")
+    return PublishedPort(int(ports), host or "127.0.0.1", int(outside))
+
+
+def _document(synthesised: Synthesised) -> dict[str, Any]:
+    instance, root = synthesised.instance, synthesised.root
+    return {
+        "id": instance.id,
+        "app": root.app.name,
+        "version": root.app.version,
+        "endpoint": instance.endpoints[0].url if instance.endpoints else None,
+        "endpoints": [
+            {"url": endpoint.url, "guest_port": endpoint.guest_port, "name": endpoint.name}
+            for endpoint in instance.endpoints
+        ],
+        "base": root.base,
+        "overlay": synthesised.overlay_id,
+        "signed_by": synthesised.signed_by,
+        "bytes": synthesised.overlay_bytes,
+        "identity_renewed": synthesised.renewed,
+        "seconds": synthesised.timings.moments,
+    }

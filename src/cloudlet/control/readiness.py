@@ -1,0 +1,122 @@
+"""Waiting until a guest is ready, by its rule, with a deadline and an eye on the machine's death.
+
+A guest tells nobody when its application listens, so TCP and HTTP are asked, each try with a deadline
+of its own: short at first, since a resumed application answers at once, longer later, since one that
+boots under emulation may need seconds for its first answer.
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+import select
+import socket
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Protocol
+
+from cloudlet.errors import FailedError, UsageError
+from cloudlet.hypervisor.driver import GuestAgent
+from cloudlet.model import Endpoint, Readiness, ReadinessKind
+
+_FIRST_TRY, _LONGEST_TRY = 0.5, 10.0
+_PAUSE = 0.01
+_TAIL_BYTES = 1 << 16
+
+
+class Watched(Protocol):
+    """What waiting needs of an instance."""
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]: ...
+    @property
+    def console_log(self) -> Path: ...
+    @property
+    def agent(self) -> GuestAgent | None: ...
+    def wait(self, timeout: float | None = None) -> bool: ...
+
+
+def wait_ready(instance: Watched, rule: Readiness, timeout: float, *, console_from: int = 0) -> float:
+    """Wait until the rule holds; the seconds it took.
+
+    :param console_from: for a ``serial:`` rule, where in the console log to begin, in bytes.
+    :raises FailedError: it does not hold within ``timeout`` seconds, or the machine ended.
+    """
+    began = time.monotonic()
+    ask = _question(instance, rule, console_from)
+    patience = _FIRST_TRY
+    while not ask(min(patience, max(0.05, began + timeout - time.monotonic()))):
+        if time.monotonic() - began > timeout:
+            raise FailedError(f"not ready ({rule}) after {timeout:.0f} s", hint=_console_hint(instance))
+        if instance.wait(_PAUSE):
+            raise FailedError(f"the machine ended before it was ready ({rule})", hint=_console_hint(instance))
+        patience = min(_LONGEST_TRY, patience * 1.5)
+    return time.monotonic() - began
+
+
+def guest_port(rule: Readiness) -> int | None:
+    """The port that has to be published for a rule to be asked."""
+    return rule.port if rule.kind in (ReadinessKind.TCP, ReadinessKind.HTTP) else None
+
+
+def _question(instance: Watched, rule: Readiness, console_from: int) -> Callable[[float], bool]:
+    match rule.kind:
+        case ReadinessKind.AGENT:
+            agent = instance.agent
+            if agent is None:
+                raise UsageError("this machine has no guest agent channel")
+            return agent.ping
+        case ReadinessKind.SERIAL:
+            pattern = re.compile(rule.pattern.encode(), re.MULTILINE)
+            return lambda patience: _printed(instance.console_log, pattern, console_from, min(patience, 0.2))
+        case ReadinessKind.TCP:
+            endpoint = _endpoint(instance, rule.port)
+            return lambda patience: _accepts(endpoint, patience)
+        case ReadinessKind.HTTP:
+            endpoint = _endpoint(instance, rule.port)
+            return lambda patience: _answers(endpoint, rule.path, patience)
+
+
+def _endpoint(instance: Watched, port: int) -> Endpoint:
+    for endpoint in instance.endpoints:
+        if endpoint.guest_port == port:
+            return endpoint
+    raise UsageError(f"port {port} of the guest is not published", hint=f"add port {port} to the ports")
+
+
+def _answers(endpoint: Endpoint, path: str, patience: float) -> bool:
+    connection = http.client.HTTPConnection(endpoint.host, endpoint.host_port, timeout=patience)
+    with closing(connection), suppress(OSError, http.client.HTTPException):
+        connection.request("GET", path)
+        return connection.getresponse().status < 400
+    return False
+
+
+def _accepts(endpoint: Endpoint, patience: float) -> bool:
+    """Whether the guest keeps the connection: the forwarder accepts first, then closes if it does not."""
+    with (
+        suppress(OSError),
+        socket.create_connection((endpoint.host, endpoint.host_port), patience) as connection,
+    ):
+        readable, _, _ = select.select([connection], [], [], min(patience, 1.0))
+        return not readable or bool(connection.recv(1))
+    return False
+
+
+def _printed(log: Path, pattern: re.Pattern[bytes], start: int, patience: float) -> bool:
+    with suppress(FileNotFoundError), log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - _TAIL_BYTES))
+        if pattern.search(file.read()):
+            return True
+    time.sleep(patience / 4)  # The console is a file that another process appends to.
+    return False
+
+
+def _console_hint(instance: Watched) -> str:
+    with suppress(OSError):
+        lines = instance.console_log.read_text(errors="replace").strip().splitlines()
+        if lines:
+            return f"the console's last line: {lines[-1].strip()[:120]}"
+    return "the console printed nothing"

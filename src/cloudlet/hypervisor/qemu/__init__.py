@@ -1,0 +1,21 @@
+"""The QEMU driver: an unmodified ``qemu-system-x86_64``, 7.2 or newer.
+
+=================  ===============================================================================
+machine.py         the machine: which devices, at which addresses, as a command line
+launch.py          a confined process from it, everything handed over as descriptors
+monitor.py         QMP
+agent.py           the guest agent's channel
+network.py         the instance's network process
+memory.py          the base's RAM as a sealed memory file that instances share
+stream.py          the incoming migration stream, written by hand
+qcow2.py           the instance's disk, written while its blocks arrive
+changed.py         which pages an instance has changed, and their bytes
+sections.py        the list of device sections in a device state
+ramblocks.py       that the guest's RAM is all the memory there is to capture
+accelerator.py     KVM where it really works, else TCG
+records.py         what runs, on disk, so that a later process can adopt or remove it
+instance.py        one machine that runs
+incoming.py        one machine that is being filled
+driver.py          the driver that ties them
+=================  ===============================================================================
+"""

@@ -1,0 +1,112 @@
+"""Which pages a private instance has changed, and their bytes, read from outside.
+
+Source: Linux ``Documentation/admin-guide/mm/pagemap.rst``. A page of a private mapping that was written
+is anonymous: present or swapped, and no longer the file's. That may count pages that equal the base
+again, never one too few. Reading needs the same user or CAP_SYS_PTRACE; the machine must be paused.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cloudlet.errors import FailedError, RefusedError
+from cloudlet.model import PAGE_BYTES
+
+_PRESENT, _SWAPPED, _OF_FILE = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)
+_RUN_PAGES = 1024
+"""Longest run that is read at once: 4 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """Where a process has mapped the RAM of its machine."""
+
+    pid: int
+    address: int
+    pages: int
+
+
+def find_mapping(pid: int, inode: int, ram_bytes: int) -> Mapping:
+    """The mapping of the RAM file with this inode number.
+
+    :raises RefusedError: this process may not look.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except PermissionError as error:
+        raise _refused() from error
+    for line in lines:
+        fields = line.split(None, 5)
+        if len(fields) == 6 and int(fields[4]) == inode and fields[5].startswith("/memfd:cloudlet-"):
+            start, end = (int(address, 16) for address in fields[0].split("-"))
+            if end - start >= ram_bytes and int(fields[2], 16) == 0:
+                return Mapping(pid, start, ram_bytes // PAGE_BYTES)
+    raise FailedError(f"process {pid} has no mapping of the base's RAM")
+
+
+def private_pages(mapping: Mapping) -> np.ndarray[Any, Any]:
+    """Numbers of the pages that are no longer the base's, in order."""
+    try:
+        with Path(f"/proc/{mapping.pid}/pagemap").open("rb", buffering=0) as file:
+            raw = os.pread(file.fileno(), mapping.pages * 8, mapping.address // PAGE_BYTES * 8)
+    except PermissionError as error:
+        raise _refused() from error
+    entries = np.frombuffer(raw, np.uint64)
+    if len(entries) != mapping.pages:
+        raise FailedError(f"the page map of process {mapping.pid} ends early")
+    private = ((entries & (_PRESENT | _SWAPPED)) != 0) & ((entries & _OF_FILE) == 0)
+    return np.flatnonzero(private).astype(np.uint32)
+
+
+def read_pages(mapping: Mapping, numbers: np.ndarray[Any, Any], target: int) -> None:
+    """Copy pages, in the order of ``numbers`` (sorted), to the file ``target`` from its beginning."""
+    buffer = memoryview(bytearray(_RUN_PAGES * PAGE_BYTES))
+    with Path(f"/proc/{mapping.pid}/mem").open("rb", buffering=0) as memory:
+        for start, end in _runs(numbers):
+            part = buffer[: (end - start) * PAGE_BYTES]
+            address = mapping.address + int(numbers[start]) * PAGE_BYTES
+            if os.preadv(memory.fileno(), [part], address) != len(part):
+                raise FailedError(f"cannot read the memory of process {mapping.pid} at {address:#x}")
+            _write_all(target, part)
+
+
+def check_access(pid: int) -> None:
+    """Whether this process may read the memory of ``pid``; said at start rather than at capture.
+
+    :raises RefusedError: it may not.
+    """
+    try:
+        os.close(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EACCES):
+            raise _refused() from error
+        raise FailedError(f"process {pid} is gone") from error
+
+
+def _runs(numbers: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
+    """Index ranges of consecutive page numbers, none longer than the buffer."""
+    breaks = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
+    return [
+        (start, min(start + _RUN_PAGES, last))
+        for first, last in pairwise(breaks)
+        for start in range(first, last, _RUN_PAGES)
+    ]
+
+
+def _write_all(descriptor: int, content: memoryview) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]
+
+
+def _refused() -> RefusedError:
+    return RefusedError(
+        "the memory of the machine may not be read",
+        hint="run as root, or as the machine's user with: sysctl kernel.yama.ptrace_scope=0",
+    )

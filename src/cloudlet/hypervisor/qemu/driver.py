@@ -1,0 +1,288 @@
+"""The QEMU driver: from a base or a disk to a confined machine with memory, disk, network and a record.
+
+The order in which an instance comes to be matters, so that a kill at any moment leaves only what a
+later command finds: first its folder and record, then its ports, then its processes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cloudlet.errors import CapacityError, MismatchError, NotFoundError
+from cloudlet.hypervisor.driver import BaseImage, Boot, Instance
+from cloudlet.hypervisor.qemu import accelerator, changed, launch
+from cloudlet.hypervisor.qemu.incoming import QemuIncoming
+from cloudlet.hypervisor.qemu.instance import DISK, UEFI_VARS, QemuInstance
+from cloudlet.hypervisor.qemu.machine import (
+    LAYOUT,
+    MACHINE_TYPE,
+    UEFI_CODE,
+    Backends,
+    command_line,
+)
+from cloudlet.hypervisor.qemu.memory import sealed_ram, writable_ram
+from cloudlet.hypervisor.qemu.monitor import listener
+from cloudlet.hypervisor.qemu.network import BoundPort, bind_ports, start_network
+from cloudlet.hypervisor.qemu.qcow2 import Qcow2Writer
+from cloudlet.hypervisor.records import (
+    ProcessId,
+    Record,
+    Workspace,
+    folder_lock,
+    reap,
+    records,
+)
+from cloudlet.model import Accelerator, Firmware, Machine, PublishedPort
+from cloudlet.settings import Settings
+
+_NETWORK_SECONDS = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What differs between a machine that boots and one that is resumed."""
+
+    machine: Machine
+    disk: Path
+    disk_format: str
+    backing: Path | None
+    ram: int
+    ram_shared: bool
+    kernel: Path | None
+    initrd: Path | None
+    cmdline: str
+    uefi_vars: Path | None
+    optical: Path | None = None
+    incoming: int | None = None
+
+
+class QemuHypervisor:
+    """See :class:`cloudlet.hypervisor.driver.Hypervisor`."""
+
+    name = "qemu"
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def choice(self) -> accelerator.Choice:
+        """The accelerator and CPU model for new bases, and why these."""
+        binary, version = launch.find_qemu(self._settings.qemu_binary)
+        memory = self._settings.state_dir / "accelerator.json"
+        return accelerator.choose(self._settings.accelerator, binary, version, memory, self._kernels)
+
+    def accelerator(self) -> Accelerator:
+        return self.choice().accelerator
+
+    def machine(
+        self,
+        *,
+        memory_bytes: int,
+        disk_bytes: int,
+        cpus: int = 1,
+        firmware: Firmware = Firmware.BIOS,
+    ) -> Machine:
+        choice = self.choice()
+        return Machine(
+            machine_type=MACHINE_TYPE,
+            accelerator=choice.accelerator,
+            cpu_model=choice.cpu_model,
+            cpus=cpus,
+            memory_bytes=memory_bytes,
+            disk_bytes=disk_bytes,
+            firmware=firmware,
+            layout=LAYOUT,
+        )
+
+    def check(self, machine: Machine) -> None:
+        here = self.choice()
+        if machine.accelerator is not here.accelerator:
+            raise MismatchError(
+                f"the capture was made under {machine.accelerator}, "
+                f"this site runs {here.accelerator} ({here.reason})",
+                hint="capture it again at a site like this one, or set the accelerator",
+            )
+        if machine.cpu_model != here.cpu_model:
+            raise MismatchError(
+                f"the capture was made with CPU model {machine.cpu_model}, this site gives {here.cpu_model}",
+                hint="capture it again at a site like this one",
+            )
+        if machine.layout != LAYOUT:
+            raise MismatchError(f"the capture has device layout {machine.layout}, this program has {LAYOUT}")
+
+    def boot(self, boot: Boot, ports: Sequence[PublishedPort] = (), *, name: str = "") -> QemuInstance:
+        with ExitStack() as on_error:
+            workspace, bound = self._begin(ports, on_error)
+            ram = writable_ram(boot.machine.memory_bytes, workspace.id)
+            on_error.callback(os.close, ram)
+            plan = _Plan(
+                machine=boot.machine, disk=boot.disk, disk_format="raw", backing=None, ram=ram,
+                ram_shared=True, kernel=boot.kernel, initrd=boot.initrd, cmdline=boot.cmdline,
+                uefi_vars=boot.uefi_vars, optical=boot.optical,
+            )  # fmt: skip
+            record = Record(id=workspace.id, name=name, created=time.time())
+            instance = self._start(plan, workspace, bound, record)
+            on_error.pop_all()
+            os.close(ram)
+            return instance
+
+    def resume(
+        self,
+        base: BaseImage,
+        ports: Sequence[PublishedPort] = (),
+        *,
+        name: str = "",
+        overlay_id: str = "",
+    ) -> QemuIncoming:
+        self.check(base.machine)
+        with ExitStack() as on_error, ExitStack() as always:
+            workspace, bound = self._begin(ports, on_error)
+            siblings = [
+                (record.machine, record.ram_descriptor)
+                for _, record in records(self._settings.instances_dir)
+                if record.base_id == base.base_id and record.machine and record.ram_descriptor
+            ]
+            ram = sealed_ram(base.base_id, base.ram, siblings)
+            always.callback(os.close, ram)
+            disk = Qcow2Writer(workspace.path / DISK, base.machine.disk_bytes)
+            on_error.callback(disk.close)
+            uefi_vars = None
+            if base.uefi_vars:
+                uefi_vars = workspace.path / UEFI_VARS
+                shutil.copyfile(base.uefi_vars, uefi_vars)
+            theirs, ours = os.pipe()
+            always.callback(os.close, theirs)
+            on_error.callback(os.close, ours)
+            plan = _Plan(
+                machine=base.machine, disk=workspace.path / DISK, disk_format="qcow2",
+                backing=base.disk, ram=ram, ram_shared=False, kernel=base.kernel,
+                initrd=base.initrd, cmdline=base.cmdline, uefi_vars=uefi_vars, incoming=theirs,
+            )  # fmt: skip
+            record = Record(
+                id=workspace.id,
+                name=name,
+                created=time.time(),
+                base_id=base.base_id,
+                overlay_id=overlay_id,
+            )
+            instance = self._start(plan, workspace, bound, record)
+            on_error.pop_all()
+            return QemuIncoming(instance, base, ours, disk)
+
+    def instances(self) -> list[Instance]:
+        """Adopted from their records; what needs the machine's size, such as a capture, needs its owner."""
+        return [
+            QemuInstance(path, record, Machine.from_json(dict(record.detail["machine"])))
+            for path, record in records(self._settings.instances_dir)
+            if record.machine and record.machine.alive()
+        ]
+
+    def reap(self) -> list[str]:
+        return reap(self._settings.instances_dir)
+
+    def _begin(
+        self, ports: Sequence[PublishedPort], on_error: ExitStack
+    ) -> tuple[Workspace, list[BoundPort]]:
+        launch.find_qemu(self._settings.qemu_binary)
+        bound = bind_ports(ports)
+        for port in bound:
+            on_error.callback(port.close)
+        workspace = Workspace.create(self._settings.instances_dir)
+        on_error.callback(workspace.remove)
+        return workspace, bound
+
+    def _start(
+        self, plan: _Plan, workspace: Workspace, bound: list[BoundPort], record: Record
+    ) -> QemuInstance:
+        with folder_lock(self._settings.instances_dir):
+            record = replace(
+                record,
+                uid=self._free_uid() if launch.runs_as_root() else None,
+                endpoints=tuple(port.endpoint for port in bound),
+                ram_descriptor=plan.ram,
+                detail={"machine": plan.machine.to_json()},
+            )
+            workspace.write(record)
+        with ExitStack() as always:
+            log = _open(always, workspace.path / "network.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            environment = workspace.environment()
+            network = start_network(bound, str(workspace.path), log, environment=environment)
+            always.callback(network.release)
+            record = replace(record, network=ProcessId(network.pid, network.start_time))
+            backends = self._backends(plan, workspace, always, network_end=network.qemu_fd)
+            network.wait_ready(time.monotonic() + _NETWORK_SECONDS)
+            binary, _ = launch.find_qemu(self._settings.qemu_binary)
+            argv = command_line(binary, plan.machine, backends, workspace.id)
+            process = launch.start(argv, workspace, backends.descriptors(), record.uid)
+            record = replace(record, machine=ProcessId.of(process.pid))
+            workspace.write(record)
+        instance = QemuInstance(workspace.path, record, plan.machine, workspace, process)
+        changed.check_access(process.pid)
+        return instance
+
+    def _backends(
+        self, plan: _Plan, workspace: Workspace, always: ExitStack, *, network_end: int
+    ) -> Backends:
+        def read(path: Path | None) -> int | None:
+            return None if path is None else _open(always, path, os.O_RDONLY)
+
+        def listen(name: str) -> int:
+            return always.enter_context(listener(workspace.path / f"{name}.sock")).fileno()
+
+        uefi = plan.machine.firmware is Firmware.UEFI
+        return Backends(
+            ram=plan.ram,
+            ram_shared=plan.ram_shared,
+            disk=_open(always, plan.disk, os.O_RDWR),
+            disk_format=plan.disk_format,
+            backing=read(plan.backing),
+            network=network_end,
+            monitor=listen("monitor"),
+            agent=listen("agent"),
+            console=listen("console"),
+            console_log=_open(always, workspace.path / "console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+            kernel=read(plan.kernel),
+            initrd=read(plan.initrd),
+            cmdline=plan.cmdline,
+            uefi_code=read(uefi_code()) if uefi else None,
+            uefi_vars=_open(always, plan.uefi_vars, os.O_RDWR) if uefi and plan.uefi_vars else None,
+            optical=read(plan.optical),
+            incoming=plan.incoming,
+        )
+
+    def _free_uid(self) -> int:
+        used = {record.uid for _, record in records(self._settings.instances_dir)}
+        first = self._settings.instance_uid_first
+        for uid in range(first, first + self._settings.instance_uid_count):
+            if uid not in used:
+                return uid
+        raise CapacityError("no user id is free for another machine", hint="raise instance_uid_count")
+
+    def _kernels(self) -> list[Path]:
+        ours = sorted(self._settings.bases_dir.glob("*/kernel"))
+        return ours + sorted(Path("/boot").glob("vmlinuz-*"))
+
+
+def uefi_code() -> Path:
+    """The UEFI firmware of the distribution.
+
+    :raises NotFoundError: it is not installed.
+    """
+    for name in UEFI_CODE:
+        if Path(name).exists():
+            return Path(name)
+    raise NotFoundError("the UEFI firmware is not installed", hint="apt-get install ovmf")
+
+
+def _open(always: ExitStack, path: Path, flags: int) -> int:
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{path} is missing", hint="import or build the base again") from error
+    always.callback(os.close, descriptor)
+    return descriptor

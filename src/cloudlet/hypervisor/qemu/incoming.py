@@ -1,0 +1,116 @@
+"""One machine that is being filled: the sink that the overlay engine hands verified pages to.
+
+QEMU waits with an open migration stream; its RAM is already the base's. RAM pages go into the stream as
+they come, disk blocks into the instance's disk. The stream is a pipe of a few frames, so that the next
+frame is verified and decompressed while QEMU loads this one. QEMU lets the machine run by itself when
+the device state has come; that it then closes its end of the pipe is how we know, without the monitor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+from collections.abc import Iterator
+
+from cloudlet.errors import CapacityError, FailedError
+from cloudlet.hypervisor.driver import BaseImage
+from cloudlet.hypervisor.qemu import sections, stream
+from cloudlet.hypervisor.qemu.instance import QemuInstance
+from cloudlet.hypervisor.qemu.qcow2 import Qcow2Writer
+from cloudlet.overlay.pagemap import PageMap
+from cloudlet.overlay.pages import PageBatch, Space, numbers_of
+
+_PIPE_BYTES = (8 << 20, 1 << 20)
+"""Sizes of the pipe to ask for; the first needs a right that root has."""
+_STALL_SECONDS = 60.0
+"""Longest time QEMU may take no bytes."""
+
+
+class QemuIncoming:
+    """See :class:`cloudlet.hypervisor.driver.Incoming`."""
+
+    def __init__(self, instance: QemuInstance, base: BaseImage, pipe: int, disk: Qcow2Writer) -> None:
+        self.instance = instance
+        self._base = base
+        self._pipe = pipe
+        self._disk = disk
+        os.set_blocking(pipe, False)
+        for size in _PIPE_BYTES:
+            with contextlib.suppress(PermissionError):
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, size)
+                break
+
+    def begin(self, page_map: PageMap) -> None:
+        """Announce the pages that will come: the disk's tables are written now."""
+        with _full_disk_is_capacity():
+            self._disk.announce(numbers_of(page_map.runs(Space.DISK)))
+        self._send(stream.opening(self._base.machine.machine_type, self._base.machine.memory_bytes))
+
+    def pages(self, batch: PageBatch) -> None:
+        """Load verified pages."""
+        if batch.space is Space.RAM:
+            self._send(stream.pages(batch.numbers, batch.data))
+        else:
+            with _full_disk_is_capacity():
+                self._disk.write(batch.numbers, batch.data)
+
+    def finish(self, device_state: bytes) -> None:
+        """Load the devices; the machine runs when this returns.
+
+        :raises MismatchError: the device state is not one of the base's machine; QEMU has not seen it.
+        :raises FailedError: QEMU refused the device state.
+        """
+        sections.check_sections(device_state, self._base.sections)
+        self._disk.close()
+        self._send(stream.closing(device_state))
+        poller = select.poll()
+        poller.register(self._pipe, 0)  # only that the reader closed
+        if not poller.poll(_STALL_SECONDS * 1000):
+            raise FailedError(f"QEMU did not load the devices within {_STALL_SECONDS:.0f} s")
+        self._close()
+        if self.instance.wait(0.0):
+            raise self._refusal()
+
+    def abort(self) -> None:
+        """Give up: nothing of the instance is left."""
+        self._close()
+        self._disk.close()
+        self.instance.stop()
+
+    def _send(self, content: bytes | memoryview) -> None:
+        view = memoryview(content)
+        poller = select.poll()
+        poller.register(self._pipe, select.POLLOUT)
+        while view:
+            try:
+                view = view[os.write(self._pipe, view) :]
+            except BlockingIOError:
+                if not poller.poll(_STALL_SECONDS * 1000):
+                    raise FailedError(f"QEMU takes no memory for {_STALL_SECONDS:.0f} s") from None
+            except BrokenPipeError:
+                raise self._refusal() from None
+
+    def _refusal(self) -> FailedError:
+        self.instance.wait(2.0)
+        said = self.instance.last_words() or "it said nothing"
+        return FailedError(f"QEMU did not take the machine: {said}")
+
+    def _close(self) -> None:
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+
+
+@contextlib.contextmanager
+def _full_disk_is_capacity() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CapacityError(
+                "no room for the instance's disk", hint="free space in the state folder, or set --state-dir"
+            ) from error
+        raise

@@ -1,0 +1,271 @@
+"""One machine that runs: pause, resume, capture, optical drive, the end.
+
+The object is a view of the instance's folder and processes; it holds nothing that would be lost with
+it. A later process that adopts the instance from its record has the same view.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cloudlet.errors import CloudletError, FailedError
+from cloudlet.hypervisor.driver import BaseCapture, Capture, RunState
+from cloudlet.hypervisor.qemu import changed, launch, ramblocks, sections, stream
+from cloudlet.hypervisor.qemu.agent import QemuGuestAgent
+from cloudlet.hypervisor.qemu.monitor import Monitor
+from cloudlet.hypervisor.qemu.qcow2 import changed_ranges
+from cloudlet.hypervisor.records import ProcessId, Record, Workspace, cpu_seconds_of
+from cloudlet.model import PAGE_BYTES, Endpoint, Machine
+from cloudlet.overlay.pages import PageSource
+from cloudlet.sparse import copy_data
+
+DISK = "disk.qcow2"
+UEFI_VARS = "uefi-vars.fd"
+_STATES = {
+    "running": RunState.RUNNING,
+    "inmigrate": RunState.INCOMING,
+    "prelaunch": RunState.PAUSED,
+}
+
+
+class QemuInstance:
+    """A machine of this driver. ``workspace`` is None where another process owns it."""
+
+    def __init__(
+        self,
+        directory: Path,
+        record: Record,
+        machine: Machine,
+        workspace: Workspace | None = None,
+        process: subprocess.Popen[bytes] | None = None,
+    ) -> None:
+        self.directory = directory
+        self.record = record
+        self.machine = machine
+        self._workspace = workspace
+        self._process = process
+        self._monitor: Monitor | None = None
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        return self.record.endpoints
+
+    @property
+    def console_log(self) -> Path:
+        return self.directory / "console.log"
+
+    @property
+    def console_socket(self) -> Path:
+        return self.directory / "console.sock"
+
+    @property
+    def agent(self) -> QemuGuestAgent:
+        return QemuGuestAgent(self.directory / "agent.sock")
+
+    @property
+    def monitor(self) -> Monitor:
+        """The connection to QEMU, made when it is first needed."""
+        if self._monitor is None:
+            self._monitor = Monitor(self.directory / "monitor.sock")
+        return self._monitor
+
+    def state(self) -> RunState:
+        if not self.record.machine or not self.record.machine.alive():
+            return RunState.GONE
+        status = self.monitor.execute("query-status")["status"]
+        return _STATES.get(status, RunState.PAUSED)
+
+    def pause(self) -> None:
+        self.monitor.execute("stop")
+
+    def resume(self) -> None:
+        self.monitor.execute("cont")
+
+    def cpu_seconds(self) -> float:
+        return cpu_seconds_of(self._machine_process().pid)
+
+    def insert_optical(self, image: Path) -> None:
+        descriptor = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            name, _ = self.monitor.add_descriptor(descriptor)
+        finally:
+            os.close(descriptor)
+        file = {"driver": "file", "filename": name, "locking": "off"}
+        self.monitor.execute("blockdev-add", driver="raw", node_name="inserted", read_only=True, file=file)
+        self.monitor.execute("blockdev-open-tray", id="optical0", force=True)
+        self.monitor.execute("blockdev-insert-medium", id="optical0", node_name="inserted")
+        self.monitor.execute("blockdev-close-tray", id="optical0")
+
+    def eject_optical(self) -> None:
+        """Empty the drive and close it, as it was before; nothing happens if it is empty."""
+        self.monitor.execute("blockdev-open-tray", id="optical0", force=True)
+        for device in self.monitor.execute("query-block"):
+            if device.get("qdev") == "optical0" and device.get("inserted"):
+                node = device["inserted"]["node-name"]
+                self.monitor.execute("blockdev-remove-medium", id="optical0")
+                self.monitor.execute("blockdev-del", node_name=node)
+        self.monitor.execute("blockdev-close-tray", id="optical0")
+
+    def shut_down(self, timeout: float) -> bool:
+        self.monitor.execute("system_powerdown")
+        return self.wait(timeout)
+
+    def capture_base(self, ram: Path) -> BaseCapture:
+        ramblocks.check(self.monitor)
+        began = time.perf_counter()
+        self.pause()
+        state = self._device_state()
+        pause_seconds = time.perf_counter() - began
+        with ram.open("wb") as target:
+            target.truncate(self.machine.memory_bytes)
+            source = os.open(self._ram_path(), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                copy_data(source, target.fileno())
+            finally:
+                os.close(source)
+        return BaseCapture(ram, state, sections.read_sections(state), pause_seconds)
+
+    def capture(self) -> Capture:
+        # What can be done before the pause is: QEMU must answer, and its memory must be readable.
+        monitor, process = self.monitor, self._machine_process()
+        inode = Path(self._ram_path()).stat().st_ino
+        mapping = changed.find_mapping(process.pid, inode, self.machine.memory_bytes)
+        ramblocks.check(monitor)
+        laps = _Laps()
+        self.pause()
+        laps("stop")
+        state = self._device_state()
+        laps("device state")
+        numbers = changed.private_pages(mapping)
+        laps("page map")
+        ram = self._spool("ram.pages")
+        try:
+            changed.read_pages(mapping, numbers, ram)
+        finally:
+            os.close(ram)
+        laps("memory")
+        blocks = self._copy_disk()
+        laps("disk")
+        return Capture(
+            ram=self._source("ram.pages", numbers),
+            disk=self._source("disk.blocks", blocks),
+            device_state=state,
+            sections=sections.read_sections(state),
+            pause_seconds=sum(laps.seconds.values()),
+            seconds=laps.seconds,
+        )
+
+    def wait(self, timeout: float | None = None) -> bool:
+        process = self.record.machine
+        if not process:
+            return True
+        try:
+            descriptor = os.pidfd_open(process.pid)
+        except ProcessLookupError:
+            return True
+        try:
+            if not process.alive():
+                return True
+            poller = select.poll()
+            poller.register(descriptor, select.POLLIN)
+            return bool(poller.poll(None if timeout is None else timeout * 1000))
+        finally:
+            os.close(descriptor)
+
+    def stop(self) -> None:
+        if self._monitor:
+            self._monitor.close()
+            self._monitor = None
+        for process in (self.record.machine, self.record.network):
+            if process:
+                process.kill()
+        if self._process:
+            self._process.wait(10.0)
+        if self._workspace:
+            self._workspace.remove()
+
+    def last_words(self) -> str:
+        """What QEMU said at its end, for an error message."""
+        return launch.last_words(self.directory)
+
+    def _machine_process(self) -> ProcessId:
+        if not self.record.machine or not self.record.machine.alive():
+            raise FailedError(f"instance {self.id} is gone: {self.last_words()}")
+        return self.record.machine
+
+    def _ram_path(self) -> str:
+        return f"/proc/{self._machine_process().pid}/fd/{self.record.ram_descriptor}"
+
+    def _device_state(self) -> bytes:
+        path = self.directory / "device.state"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            name, number = self.monitor.add_descriptor(descriptor)
+        finally:
+            os.close(descriptor)
+        try:
+            self.monitor.execute("xen-save-devices-state", filename=name, live=False)
+        finally:
+            self.monitor.execute("remove-fd", fdset_id=number)
+        return stream.device_sections(path.read_bytes())
+
+    def _copy_disk(self) -> np.ndarray[Any, Any]:
+        """Copy the changed blocks out of the instance's disk; their numbers, in order."""
+        numbers = []
+        spool = self._spool("disk.blocks")
+        disk = os.open(self.directory / DISK, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            end = 0
+            for start, length, offset in changed_ranges(self.directory / DISK):
+                numbers.append(np.arange(start // PAGE_BYTES, (start + length) // PAGE_BYTES))
+                if offset is not None:
+                    _copy_range(disk, offset, spool, end, length)
+                end += length
+            os.ftruncate(spool, end)
+        finally:
+            os.close(disk)
+            os.close(spool)
+        return np.concatenate(numbers).astype(np.uint32) if numbers else np.empty(0, np.uint32)
+
+    def _spool(self, name: str) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        return os.open(self.directory / name, flags, 0o600)
+
+    def _source(self, name: str, numbers: np.ndarray[Any, Any]) -> PageSource:
+        path = self.directory / name
+        data: np.ndarray[Any, Any] = np.empty((0, PAGE_BYTES), np.uint8)
+        if len(numbers):
+            data = np.memmap(path, np.uint8, "r").reshape(-1, PAGE_BYTES)
+        return PageSource(numbers, data)
+
+
+class _Laps:
+    """Seconds between moments."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+def _copy_range(source: int, at: int, target: int, to: int, length: int) -> None:
+    while length:
+        count = os.copy_file_range(source, target, length, at, to)
+        if count == 0:
+            raise CloudletError("the instance's disk file ends before its tables say")
+        at, to, length = at + count, to + count, length - count

@@ -1,0 +1,98 @@
+"""A confined QEMU process: a user of its own, no capabilities, no network, a system call filter.
+
+The barrier is made of programs every Debian has (util-linux), each of which does one thing and then
+becomes the next: no code of ours runs between fork and exec, so this is safe from a threaded server.
+QEMU needs no right to any path: sockets, disks and memory are descriptors that it inherits.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from cloudlet.errors import FailedError, NotFoundError
+from cloudlet.hypervisor.records import Workspace
+
+OLDEST = (7, 2)
+
+
+def confinement(uid: int | None) -> list[str]:
+    """The beginning of a command line that confines what follows.
+
+    :param uid: run as this user and group, without network; None keeps the caller's user (and network
+        namespace, since making one takes a right that an ordinary user may not have).
+    """
+    no_cores = ["prlimit", "--core=0", "--"]
+    if uid is None:
+        return [*no_cores, "setpriv", "--no-new-privs", "--"]
+    return [
+        *no_cores, "unshare", "--net", "--ipc", "--",
+        "setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--no-new-privs",
+        "--inh-caps=-all", "--bounding-set=-all", "--",
+    ]  # fmt: skip
+
+
+def start(
+    argv: Sequence[str], workspace: Workspace, descriptors: Sequence[int], uid: int | None
+) -> subprocess.Popen[bytes]:
+    """Start QEMU confined, in a session of its own; what it prints goes to ``qemu.log``."""
+    with (workspace.path / "qemu.log").open("ab") as log:
+        return subprocess.Popen(
+            [*confinement(uid), *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=tuple(descriptors),
+            env=workspace.environment(),
+            cwd="/",
+            start_new_session=True,
+        )
+
+
+def last_words(directory: Path) -> str:
+    """The last line QEMU printed, for error messages."""
+    try:
+        lines = (directory / "qemu.log").read_text(errors="replace").strip().splitlines()
+    except FileNotFoundError:
+        return ""
+    telling = [
+        line
+        for line in lines
+        if "vmdescription" not in line and not line.startswith("qemu-system-x86_64: warning")
+    ]
+    return telling[-1].removeprefix("qemu-system-x86_64: ") if telling else ""
+
+
+@cache
+def find_qemu(binary: str) -> tuple[str, tuple[int, int]]:
+    """The path and version of QEMU.
+
+    :raises NotFoundError: there is none, or it is too old.
+    """
+    path = shutil.which(binary)
+    if not path:
+        raise NotFoundError(f"{binary} is not installed", hint="apt-get install qemu-system-x86")
+    try:
+        text = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise FailedError(f"{path} does not run: {error}", hint="reinstall qemu-system-x86") from error
+    match = re.search(r"version (\d+)\.(\d+)", text)
+    version = (int(match[1]), int(match[2])) if match else (0, 0)
+    if version < OLDEST:
+        found = match[0] if match else text.strip()[:40]
+        raise NotFoundError(
+            f"{path} is too old: {found}", hint="Cloudlet needs QEMU 7.2 or newer, as in Debian 12"
+        )
+    return path, version
+
+
+def runs_as_root() -> bool:
+    """Whether machines get users of their own."""
+    return os.geteuid() == 0

@@ -1,0 +1,92 @@
+"""A base's RAM as one sealed memory file that all its instances map privately.
+
+QEMU 7.2 insists on opening its memory file for writing, even for a private mapping, and a QEMU that
+was taken over could then change the base under every other instance. A memory file sealed against
+writing cannot be changed by anyone, and gives the pages back when its last user is gone. Nobody has
+to keep it: whoever starts an instance takes the file from a running sibling, or fills a new one.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from cloudlet.errors import CapacityError, NotFoundError
+from cloudlet.hypervisor.records import ProcessId
+from cloudlet.sparse import copy_data
+
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+def writable_ram(size: int, name: str) -> int:
+    """A new memory file of ``size`` bytes for a machine whose RAM is to be captured."""
+    descriptor = os.memfd_create(f"cloudlet-{name}", os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, size)
+    return descriptor
+
+
+def sealed_ram(base_id: str, ram: Path, siblings: Iterable[tuple[ProcessId, int]]) -> int:
+    """The base's RAM as a sealed memory file; the caller closes the descriptor.
+
+    :param siblings: running processes that may hold it, each with its number there.
+    """
+    for process, number in siblings:
+        if (descriptor := _take(base_id, process, number)) is not None:
+            return descriptor
+    return _fill(base_id, ram)
+
+
+def is_sealed(descriptor: int) -> bool:
+    """Whether nobody can change the file any more."""
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+    except OSError:
+        return False
+
+
+def _take(base_id: str, process: ProcessId, number: int) -> int | None:
+    try:
+        path = f"/proc/{process.pid}/fd/{number}"
+        if not str(Path(path).readlink()).startswith(f"/memfd:{_name(base_id)} "):
+            return None
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    if process.alive() and is_sealed(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _fill(base_id: str, ram: Path) -> int:
+    try:
+        source = os.open(ram, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise NotFoundError(
+            f"the RAM of base {base_id[:12]} is missing: {ram}", hint="import or build the base again"
+        ) from error
+    target = -1
+    try:
+        target = os.memfd_create(_name(base_id), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(target, os.fstat(source).st_size)
+        copy_data(source, target)
+        fcntl.fcntl(target, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError as error:
+        if target >= 0:
+            os.close(target)
+        if error.errno in (errno.ENOMEM, errno.ENOSPC):
+            raise CapacityError(
+                f"not enough memory for the RAM of base {base_id[:12]}",
+                hint="stop an instance, or add memory",
+            ) from error
+        raise
+    finally:
+        os.close(source)
+    return target
+
+
+def _name(base_id: str) -> str:
+    return f"cloudlet-base-{base_id[:32]}"

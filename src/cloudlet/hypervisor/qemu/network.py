@@ -1,0 +1,273 @@
+"""The network process of an instance, as its site sees it: bound, started, adopted, stopped.
+
+The site binds the published ports itself, in the host's network, so that a port that is taken is an
+error before anything has been started, and a client can connect before anything serves it. It then
+starts ``cloudlet.forwarder`` with the listening sockets and one end of a socket pair; the other end
+is QEMU's network card. What the guest's network is, the forwarder's documentation says.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloudlet.errors import CloudletError, ConflictError, FailedError, RefusedError
+from cloudlet.model import Endpoint, PublishedPort
+
+PUBLIC_MAC = "52:54:00:c1:0d:01"
+"""The hardware address of a guest's public card (``machine.py`` gives it)."""
+
+MAX_CONNECTIONS = 256
+"""Connections of an instance that are relayed at a time; further ones are closed at once."""
+
+NOBODY = 65534
+"""The user and group that a network process started by root becomes, unless told otherwise."""
+
+_BACKLOG = 128  # connections that wait in the kernel until the process is there
+_KEEPALIVE_SECONDS = 60  # of silence, before a client is asked whether it is still there
+_FORWARDER = Path(__file__).parents[2] / "forwarder" / "__main__.py"
+
+
+@dataclass(frozen=True, slots=True)
+class BoundPort:
+    """A published port and its listening socket, which `start_network` hands over and closes."""
+
+    guest_port: int
+    name: str
+    listener: socket.socket
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where clients connect; the host's port is the real one, also where 0 was asked for."""
+        host, port, *_ = self.listener.getsockname()
+        return Endpoint(self.guest_port, host, port, self.name)
+
+    def close(self) -> None:
+        """Give the port back."""
+        self.listener.close()
+
+
+def bind_ports(ports: Sequence[PublishedPort]) -> list[BoundPort]:
+    """Bind and listen on all ``ports``, or on none.
+
+    :raises ConflictError: a port is taken.
+    :raises RefusedError: the user may not bind a port.
+    :raises FailedError: an address is not one of this machine.
+    """
+    with ExitStack() as undo:
+        bound = []
+        for port in ports:
+            listener = undo.enter_context(_listen(port))
+            bound.append(BoundPort(port.guest_port, port.name, listener))
+        undo.pop_all()
+        return bound
+
+
+class NetworkProcess:
+    """A network process, just started or adopted from a record of its pid and start time."""
+
+    def __init__(self, pid: int, start_time: int) -> None:
+        """Adopt the process that has ``pid`` and ``start_time`` (clock ticks since boot).
+
+        If there is no such process any more, it counts as ended. A pid is never trusted alone.
+        """
+        self.pid = pid
+        self.start_time = start_time
+        self._qemu: socket.socket | None = None
+        self._ready: int | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+        self._pidfd: int | None = None
+        with suppress(ProcessLookupError):
+            self._pidfd = os.pidfd_open(pid)
+        # The process behind the descriptor cannot change any more, so this is no race.
+        if self._pidfd is not None and start_time_of(pid) != start_time:
+            os.close(self._pidfd)
+            self._pidfd = None
+
+    @property
+    def qemu_fd(self) -> int:
+        """QEMU's end of the pair: give it to QEMU, at any time, then `close_qemu_fd`."""
+        if self._qemu is None:
+            raise ValueError("QEMU's end of the network is closed here, or was never held")
+        return self._qemu.fileno()
+
+    def close_qemu_fd(self) -> None:
+        """Close QEMU's end here; as long as it is open, the network outlives QEMU."""
+        if self._qemu is not None:
+            self._qemu.close()
+            self._qemu = None
+
+    def wait_ready(self, deadline: float) -> None:
+        """Wait until the guest's network serves; ``deadline`` is on the monotonic clock.
+
+        After an error nothing is left of the process.
+
+        :raises RefusedError: the user may not make a network namespace or a tap device.
+        :raises FailedError: the process ended, or the deadline passed.
+        """
+        if self._ready is None:
+            return
+        try:
+            kind, *fields = _read_line(self._ready, deadline).split("\t")
+            if kind != "ready":
+                message, hint = fields
+                raise (RefusedError if kind == "refused" else FailedError)(
+                    f"the guest's network did not start: {message}", hint=hint
+                )
+        except CloudletError:
+            self.stop()
+            raise
+        finally:
+            self._close_ready()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the process has ended, at most ``timeout`` seconds; whether it has."""
+        if self._pidfd is None:
+            return True
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        if not poll.poll(None if timeout is None else max(0.0, timeout) * 1000):
+            return False
+        os.close(self._pidfd)
+        self._pidfd = None
+        if self._child is not None:
+            self._child.wait()
+        return True
+
+    def stop(self, patience: float = 2.0) -> None:
+        """End the process and with it the network: ask, and after ``patience`` seconds do not ask.
+
+        Closes what is held here of it. Can be called again.
+        """
+        for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, None)):
+            if self.wait(0):
+                break
+            assert self._pidfd is not None
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+            self.wait(seconds)
+        self.release()
+
+    def release(self) -> None:
+        """Close what is held here and leave the process running, for `NetworkProcess` to adopt."""
+        self.close_qemu_fd()
+        self._close_ready()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+        if self._child is not None:
+            self._child.returncode = self._child.poll() or 0  # it is meant to outlive this object
+            self._child = None
+
+    def _close_ready(self) -> None:
+        if self._ready is not None:
+            os.close(self._ready)
+            self._ready = None
+
+    @classmethod
+    def _started(cls, child: subprocess.Popen[bytes], qemu: socket.socket, ready: int) -> NetworkProcess:
+        process = cls(child.pid, start_time_of(child.pid) or 0)
+        process._child, process._qemu, process._ready = child, qemu, ready
+        return process
+
+
+def start_network(
+    ports: Sequence[BoundPort],
+    instance: str,
+    log_fd: int,
+    *,
+    environment: Mapping[str, str] | None = None,
+    uid: int = NOBODY,
+    gid: int = NOBODY,
+    max_connections: int = MAX_CONNECTIONS,
+) -> NetworkProcess:
+    """Start the network process of ``instance``; it is not ready yet (`NetworkProcess.wait_ready`).
+
+    The listeners of ``ports`` are closed here, also after an error. The process writes to
+    ``log_fd`` and has CLOUDLET_INSTANCE and ``environment`` as its only environment. ``uid`` and
+    ``gid`` are what it becomes if this process is root's.
+    """
+    with ExitStack() as cleanup:
+        for port in ports:
+            cleanup.callback(port.close)
+        on_error = cleanup.enter_context(ExitStack())
+        qemu, link = socket.socketpair()
+        on_error.callback(qemu.close)
+        cleanup.callback(link.close)
+        ready, theirs = os.pipe()
+        on_error.callback(os.close, ready)
+        cleanup.callback(os.close, theirs)
+        inherited = [theirs, link.fileno()]
+        arguments = [instance, PUBLIC_MAC, uid, gid, max_connections]
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_FORWARDER), *map(str, [*arguments, *inherited])]
+            + [f"{port.listener.fileno()}:{port.guest_port}" for port in ports],
+            stdin=subprocess.DEVNULL,
+            stdout=log_fd,
+            stderr=log_fd,
+            env={"PATH": os.defpath, **(environment or {}), "CLOUDLET_INSTANCE": instance},
+            pass_fds=[*inherited, *(port.listener.fileno() for port in ports)],
+            start_new_session=True,
+        )
+        on_error.pop_all()
+        return NetworkProcess._started(child, qemu, ready)
+
+
+def start_time_of(pid: int) -> int | None:
+    """Return when the process started, in clock ticks since boot (field 22 of its stat), or None."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+def _listen(port: PublishedPort) -> socket.socket:
+    where = f"{port.host}:{port.host_port}"
+    family = socket.AF_INET6 if ":" in port.host else socket.AF_INET
+    try:
+        listener = socket.create_server((port.host, port.host_port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        match error.errno:
+            case errno.EADDRINUSE:
+                raise ConflictError(
+                    f"port {where} is taken", hint="choose another host port, or 0 for any free one"
+                ) from error
+            case errno.EACCES | errno.EPERM:
+                raise RefusedError(
+                    f"port {where} may not be bound by this user", hint="choose a port above 1023"
+                ) from error
+            case _:
+                raise FailedError(f"port {where} cannot be bound: {error.strerror}") from error
+    # What is set here, every accepted connection inherits.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
+    return listener
+
+
+def _read_line(ready: int, deadline: float) -> str:
+    poll = select.poll()
+    poll.register(ready, select.POLLIN)
+    line = b""
+    while not line.endswith(b"\n"):
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise FailedError("the guest's network did not start in time")
+        block = os.read(ready, 4096)
+        if not block:
+            raise FailedError(
+                "the network process ended before it was ready",
+                hint="its reason is in the instance's log",
+            )
+        line += block
+    return line.decode(errors="replace").rstrip("\n")

@@ -1,0 +1,135 @@
+"""The instance's disk: a qcow2 file over the base's disk, written while its blocks arrive.
+
+Format: QEMU's ``docs/interop/qcow2.txt``, version 3, with clusters of one block (4096 bytes), so that a
+changed block costs one cluster. What QEMU reads when it starts (the header) depends only on the size of
+the disk; QEMU reads all other tables when the incoming stream has ended. So QEMU can be started on an
+empty file, the overlay's map then says which blocks will come, their tables are written at once, and
+each block goes straight to its place, in any order. The name of the backing file is not in the file:
+QEMU is given the base's disk as a descriptor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cloudlet.errors import FailedError
+from cloudlet.model import PAGE_BYTES
+from cloudlet.overlay.pages import Numbers, Rows
+from cloudlet.sparse import write_at
+
+_CLUSTER_BITS = 12
+_PER_TABLE = PAGE_BYTES // 8
+_COUNT_ORDER = 4
+_COUNTS_PER_BLOCK = PAGE_BYTES // 2
+_COPIED = np.uint64(1 << 63)
+_HEADER_BYTES = 104
+
+
+class Qcow2Writer:
+    """A new qcow2 file for a disk of ``disk_bytes``; all blocks are the backing file's at first.
+
+    Clusters: header, root table, reference count table (both as large as the disk can ever need),
+    reference count blocks, tables, blocks.
+    """
+
+    def __init__(self, path: Path, disk_bytes: int) -> None:
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        blocks = _clusters(disk_bytes)
+        self._root_entries = _times(blocks, _PER_TABLE)
+        self._root_at = 1
+        self._counts_at = self._root_at + _clusters(self._root_entries * 8)
+        # Count blocks count themselves, too: one in each of them.
+        count_blocks = _times(blocks + self._root_entries + self._counts_at, _COUNTS_PER_BLOCK - 1) + 1
+        self._count_clusters = _clusters(count_blocks * 8)
+        self._free_at = self._counts_at + self._count_clusters
+        self._blocks: Numbers = np.empty(0, np.uint32)
+        header = struct.pack(
+            ">4sIQIIQIIQQIIQQQQII",
+            b"QFI\xfb", 3, 0, 0, _CLUSTER_BITS, disk_bytes, 0, self._root_entries, self._root_at * PAGE_BYTES,
+            self._counts_at * PAGE_BYTES, self._count_clusters, 0, 0, 0, 0, 0, _COUNT_ORDER, _HEADER_BYTES,
+        )  # fmt: skip
+        self._put(0, header)
+        os.ftruncate(self.descriptor, self._free_at * PAGE_BYTES)
+
+    def announce(self, blocks: Numbers) -> None:
+        """Write the tables for the ``blocks`` (numbers in order) that will be written."""
+        self._blocks = blocks
+        tables = np.unique(blocks // _PER_TABLE)
+        fixed = self._free_at + len(tables) + len(blocks)
+        count_blocks = 1
+        while (fixed + count_blocks) > count_blocks * _COUNTS_PER_BLOCK:
+            count_blocks += 1
+        tables_at = self._free_at + count_blocks
+        self._first_data = tables_at + len(tables)
+        total = fixed + count_blocks
+        os.ftruncate(self.descriptor, total * PAGE_BYTES)
+        self._put(self._free_at, np.ones(total, ">u2"))
+        self._put(self._counts_at, (np.arange(count_blocks) + self._free_at) * PAGE_BYTES)
+        entries = np.zeros(len(tables) * _PER_TABLE, np.uint64)
+        where = np.searchsorted(tables, blocks // _PER_TABLE) * _PER_TABLE + blocks % _PER_TABLE
+        entries[where] = (np.arange(len(blocks), dtype=np.uint64) + self._first_data) * PAGE_BYTES | _COPIED
+        self._put(tables_at, entries)
+        root = np.zeros(self._root_entries, np.uint64)
+        root[tables] = (np.arange(len(tables), dtype=np.uint64) + tables_at) * PAGE_BYTES | _COPIED
+        self._put(self._root_at, root)
+
+    def write(self, blocks: Numbers, data: Rows) -> None:
+        """Write announced blocks (n) with their bytes (n, 4096)."""
+        places = self._first_data + np.searchsorted(self._blocks, blocks)
+        if not len(places):
+            return
+        order = np.argsort(places, kind="stable")
+        places, data = places[order], np.ascontiguousarray(data[order])
+        breaks = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
+        for start, end in pairwise(breaks):
+            write_at(self.descriptor, data[start:end].data.cast("B"), int(places[start]) * PAGE_BYTES)
+
+    def close(self) -> None:
+        """Close the file. Can be called again."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def _put(self, cluster: int, content: bytes | np.ndarray[Any, Any]) -> None:
+        raw = (
+            content
+            if isinstance(content, bytes)
+            else content.astype(content.dtype.newbyteorder(">")).tobytes()
+        )
+        write_at(self.descriptor, memoryview(raw), cluster * PAGE_BYTES)
+
+
+def changed_ranges(path: Path, binary: str = "qemu-img") -> list[tuple[int, int, int | None]]:
+    """What the top layer of a qcow2 file holds: (offset on the disk, length, offset in the file), in bytes.
+
+    The third is None where the range reads as zeros. The file may be in use by a paused machine.
+    """
+    command = [binary, "map", "--force-share", "--output=json", "--format=qcow2", str(path)]
+    result = subprocess.run(command, capture_output=True, check=False)
+    if result.returncode:
+        raise FailedError(
+            f"qemu-img cannot read the instance's disk: {result.stderr.decode(errors='replace').strip()}"
+        )
+    return [
+        (extent["start"], extent["length"], None if extent["zero"] else extent["offset"])
+        for extent in json.loads(result.stdout)
+        if extent["depth"] == 0 and (extent["data"] or extent.get("present", extent["zero"]))
+    ]
+
+
+def _clusters(size: int) -> int:
+    """Clusters that hold ``size`` bytes."""
+    return _times(size, PAGE_BYTES)
+
+
+def _times(amount: int, portion: int) -> int:
+    """How often ``portion`` has to be taken to cover ``amount``."""
+    return (amount + portion - 1) // portion

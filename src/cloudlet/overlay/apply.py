@@ -1,0 +1,136 @@
+"""Applying an overlay: every page that it brings, built from the base and handed to a sink.
+
+One pass over the stream, in file order. A page reaches the sink only after the digest of its
+frame, the frame's structure and the page's place in the map were checked; on any error the sink
+has seen nothing but such pages, and its ``finish`` is not called. Memory: 64 MiB of literals at
+most (touched as they come), the map, the device state and one frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from cloudlet.errors import CorruptError
+from cloudlet.model import PAGE_BYTES
+from cloudlet.overlay.base import BasePages
+from cloudlet.overlay.frames import FrameKind, Unpacker
+from cloudlet.overlay.limits import FRAME_PAGES, WINDOW_LITERALS
+from cloudlet.overlay.pagemap import Coverage, PageMap
+from cloudlet.overlay.pages import Numbers, PageBatch, Rows, Space
+from cloudlet.overlay.payload import Operation, PagePayload
+from cloudlet.overlay.reader import Frame, OverlayReader, Progress
+
+
+class Sink(Protocol):
+    """Where the pages go: an incoming stream and a disk image, a file, a table of digests."""
+
+    def begin(self, pages: PageMap) -> None:
+        """The pages that will come, each exactly once; all others are the base's."""
+
+    def pages(self, batch: PageBatch) -> None:
+        """Some of the pages; the batch is lent until this returns."""
+
+    def finish(self, device_state: bytes) -> None:
+        """All pages have come and the whole file is verified."""
+
+
+def apply(reader: OverlayReader, base: BasePages, sink: Sink, progress: Progress | None = None) -> None:
+    """Build all pages of an overlay. ``progress`` gets bytes read and the size of the file.
+
+    :raises MismatchError: the overlay is for another base; nothing was read beyond the root.
+    :raises IntegrityError: the stream is truncated or corrupt.
+    """
+    reader.root.check_base(base.identity, base.machine, base.device_sections)
+    literals = LiteralRing(reader.root.totals.literals)
+    room: Rows = np.empty((FRAME_PAGES, PAGE_BYTES), np.uint8)
+    device_state = b""
+    for step in _steps(reader, progress):
+        match step:
+            case PageMap():
+                sink.begin(step)
+            case PagePayload():
+                literals.add(step.first_literal, step.literals)
+                sink.pages(PageBatch(step.space, step.numbers, _build(step, base, literals, room)))
+            case bytes():
+                device_state = step
+    sink.finish(device_state)
+
+
+def verify_only(reader: OverlayReader, progress: Progress | None = None) -> None:
+    """Check all that can be checked without the base: everything but the base's own bytes.
+
+    :raises IntegrityError: the stream is truncated or corrupt.
+    """
+    for _ in _steps(reader, progress):
+        pass
+
+
+class LiteralRing:
+    """The literals that a page may still refer to, by number. Memory is taken as literals come."""
+
+    def __init__(self, literals: int) -> None:
+        self._rows: Rows = np.empty((min(literals, WINDOW_LITERALS), PAGE_BYTES), np.uint8)
+
+    def add(self, first: int, rows: Rows) -> None:
+        """Each literal is copied once here; at most the window's length at a time."""
+        at = first % len(self._rows) if len(self._rows) else 0
+        fits = min(len(rows), len(self._rows) - at)
+        self._rows[at : at + fits] = rows[:fits]
+        self._rows[: len(rows) - fits] = rows[fits:]
+
+    def take(self, literals: Numbers) -> Rows:
+        return np.asarray(self._rows[literals % np.uint32(len(self._rows))])
+
+
+def _build(payload: PagePayload, base: BasePages, literals: LiteralRing, room: Rows) -> Rows:
+    """The contents of a frame's pages; only literals are handed on as they were decompressed."""
+    if len(payload.literals) == payload.numbers.size:
+        return payload.literals
+    rows = room[: payload.numbers.size]
+    rows[payload.positions(Operation.LITERAL)] = payload.literals
+    rows[payload.positions(Operation.ZERO)] = 0
+    for operation, space in ((Operation.BASE_RAM, Space.RAM), (Operation.BASE_DISK, Space.DISK)):
+        base.read_into(space, payload.references_of(operation), rows, payload.positions(operation))
+    earlier = payload.references_of(Operation.EARLIER)
+    if earlier.size:
+        rows[payload.positions(Operation.EARLIER)] = literals.take(earlier)
+    return rows
+
+
+def _steps(reader: OverlayReader, progress: Progress | None) -> Iterator[PageMap | PagePayload | bytes]:
+    """The map, each frame of pages, and when all has come and is complete, the device state."""
+    root, size = reader.root, reader.header.file_bytes
+    raw_map: list[bytes] = []
+    raw_device: list[bytes] = []
+    coverage: dict[Space, Coverage] = {}
+    literal = 0
+    unpacker = Unpacker()
+    for part in reader.parts():
+        if isinstance(part, Frame):
+            raw = unpacker.unpack(part.entry, part.blob, part.where)
+            match part.entry.kind:
+                case FrameKind.MAP:
+                    raw_map.append(bytes(raw))
+                    if len(raw_map) == len(root.map_frames):
+                        page_map = PageMap.decode(b"".join(raw_map), root.machine, root.totals)
+                        raw_map.clear()
+                        coverage = {space: Coverage(page_map.runs(space), space) for space in Space}
+                        yield page_map
+                case FrameKind.DEVICE:
+                    raw_device.append(bytes(raw))
+                case _:
+                    payload = PagePayload.decode(part.entry, raw, root.machine, part.where)
+                    if payload.first_literal != literal:
+                        at = payload.first_literal
+                        raise CorruptError(f"{part.where} begins with literal {at}, not {literal}")
+                    coverage[payload.space].claim(payload.numbers, part.where)
+                    literal += part.entry.literals
+                    yield payload
+        if progress is not None:
+            progress(reader.offset, size)
+    for counted in coverage.values():
+        counted.check_complete()
+    yield b"".join(raw_device)

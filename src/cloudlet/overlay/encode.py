@@ -1,0 +1,73 @@
+"""From changed pages to the payload of a frame: for each page the cheapest way to say what it is.
+
+In this order: zero; equal to a page of the base (by the index, compared byte by byte); equal to an
+earlier literal of this overlay within the window; else a literal. Pages go through in file order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from cloudlet.overlay.base import BasePages
+from cloudlet.overlay.index import PageIndex, digest_rows
+from cloudlet.overlay.limits import WINDOW_LITERALS
+from cloudlet.overlay.pages import Numbers, Rows, Space, equal_rows, zero_rows
+from cloudlet.overlay.payload import Operation, PagePayload
+
+_DIGEST_BYTES = 16
+
+
+class PageEncoder:
+    """Turns pages into payloads; remembers the literals of the window by digest."""
+
+    def __init__(self, base: BasePages, index: PageIndex) -> None:
+        self._base = base
+        self._index = index
+        self._known: dict[bytes, int] = {}
+        self._order: deque[bytes] = deque()
+        self._oldest = 0
+
+    @property
+    def literals(self) -> int:
+        """Literals so far."""
+        return self._oldest + len(self._order)
+
+    def encode(self, space: Space, numbers: Numbers, rows: Rows) -> PagePayload:
+        """The payload of one frame; ``rows`` are contiguous in memory."""
+        first = self.literals
+        self._forget(before=first + numbers.size - WINDOW_LITERALS)
+        operations = np.full(numbers.size, Operation.LITERAL, np.uint8)
+        references = np.zeros(numbers.size, np.uint32)
+        zero = zero_rows(rows)
+        operations[zero] = Operation.ZERO
+        filled = np.flatnonzero(~zero)
+        digests = digest_rows(rows, filled)
+        found = self._index.lookup(digests)
+        for kind, operation in ((Space.RAM, Operation.BASE_RAM), (Space.DISK, Operation.BASE_DISK)):
+            candidates = np.flatnonzero(found.hit & (found.space == kind))
+            candidates = candidates[found.page[candidates] < self._base.count(kind)]
+            pages = found.page[candidates]
+            same = equal_rows(self._base.read(kind, pages), rows[filled[candidates]])
+            operations[filled[candidates[same]]] = operation
+            references[filled[candidates[same]]] = pages[same]
+        for at, position in enumerate(filled.tolist()):
+            if operations[position] == Operation.LITERAL:
+                digest = digests[at * _DIGEST_BYTES : (at + 1) * _DIGEST_BYTES]
+                known = self._known.get(digest)
+                if known is None:
+                    self._known[digest] = self.literals
+                    self._order.append(digest)
+                else:
+                    operations[position] = Operation.EARLIER
+                    references[position] = known
+        literal = operations == Operation.LITERAL
+        refers = ~literal & ~zero
+        return PagePayload(space, first, numbers, operations, references[refers], rows[literal])
+
+    def _forget(self, before: int) -> None:
+        """Drop literals that a frame of this size might not reach."""
+        while self._oldest < before and self._order:
+            del self._known[self._order.popleft()]
+            self._oldest += 1

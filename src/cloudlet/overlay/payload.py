@@ -1,0 +1,121 @@
+"""A frame of pages, decompressed: which pages come, and where the content of each is found.
+
+:class:`PagePayload` is the parsed form, over the frame's own bytes without a copy. Decoding checks
+everything that needs no other frame, so that whoever builds the pages need not look again.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cloudlet.errors import CorruptError
+from cloudlet.model import PAGE_BYTES, Machine
+from cloudlet.overlay.frames import FrameEntry, payload_bytes
+from cloudlet.overlay.limits import WINDOW_LITERALS
+from cloudlet.overlay.pages import Numbers, Positions, Rows, Space
+
+_HEAD = struct.Struct("<II")
+
+
+class Operation(IntEnum):
+    """How a page comes to its content. 5 is reserved for XOR and refused."""
+
+    ZERO = 0
+    BASE_RAM = 1
+    BASE_DISK = 2
+    EARLIER = 3
+    LITERAL = 4
+
+
+def oldest_reference(first_literal: int, literals: int) -> int:
+    """The smallest literal number that a frame may refer to: readers keep only the window."""
+    return max(0, first_literal + literals - WINDOW_LITERALS)
+
+
+@dataclass(frozen=True, slots=True)
+class PagePayload:
+    """Pages of one frame; references and literals follow the order of the pages that need one."""
+
+    space: Space
+    first_literal: int
+    numbers: Numbers
+    operations: NDArray[np.uint8]
+    references: Numbers
+    literals: Rows
+
+    def encode(self) -> NDArray[np.uint8]:
+        """The raw bytes of the frame."""
+        n, r, count = self.numbers.size, self.references.size, len(self.literals)
+        raw = np.empty(payload_bytes(n, r, count), np.uint8)
+        raw[:8] = np.frombuffer(_HEAD.pack(self.first_literal, r), np.uint8)
+        deltas = np.diff(self.numbers, prepend=np.uint32(0)).astype("<u4")
+        raw[8 : 8 + 4 * n] = deltas.view(np.uint8)
+        raw[8 + 4 * n : 8 + 5 * n] = self.operations
+        raw[8 + 5 * n : 8 + 5 * n + 4 * r] = self.references.astype("<u4").view(np.uint8)
+        raw[8 + 5 * n + 4 * r :] = self.literals.reshape(-1)
+        return raw
+
+    @classmethod
+    def decode(cls, entry: FrameEntry, raw: bytes | memoryview, machine: Machine, where: str) -> Self:
+        """Parse a frame whose size is the one that ``entry`` declares.
+
+        :raises CorruptError: a field contradicts the entry, or refers to what does not exist.
+        """
+        n, r = entry.pages, entry.references
+        first, references = _HEAD.unpack_from(raw)
+        if references != r:
+            raise CorruptError(f"{where} counts {references} references, its sizes leave room for {r}")
+        deltas = np.frombuffer(raw, "<u4", n, 8)
+        payload = cls(
+            entry.kind.space,
+            first,
+            np.cumsum(deltas, dtype=np.uint32),
+            np.frombuffer(raw, np.uint8, n, 8 + 4 * n),
+            np.frombuffer(raw, "<u4", r, 8 + 5 * n),
+            np.frombuffer(raw, np.uint8, PAGE_BYTES * entry.literals, 8 + 5 * n + 4 * r).reshape(
+                -1, PAGE_BYTES
+            ),
+        )
+        payload._check(machine, where)
+        return payload
+
+    def positions(self, operation: Operation) -> Positions:
+        """The pages that come by this operation."""
+        return np.flatnonzero(self.operations == operation)
+
+    def references_of(self, operation: Operation) -> Numbers:
+        """The references of the pages that come by this operation, as :meth:`positions`."""
+        codes = self.operations
+        referring = codes[(codes > Operation.ZERO) & (codes < Operation.LITERAL)]
+        return np.asarray(self.references[referring == operation])
+
+    def _check(self, machine: Machine, where: str) -> None:
+        if int(self.operations.max()) > Operation.LITERAL:
+            raise CorruptError(f"{where} holds the reserved operation {int(self.operations.max())}")
+        counts = np.bincount(self.operations, minlength=len(Operation))
+        if counts[Operation.LITERAL] != len(self.literals):
+            raise CorruptError(
+                f"{where} uses {counts[Operation.LITERAL]} literals and has {len(self.literals)}"
+            )
+        if counts[Operation.BASE_RAM : Operation.LITERAL].sum() != self.references.size:
+            raise CorruptError(f"{where} does not have one reference for each page that needs one")
+        spaces = {Space.RAM: machine.ram_pages, Space.DISK: machine.disk_blocks}
+        if int(self.numbers.max()) >= spaces[self.space]:
+            raise CorruptError(f"{where} brings {self.space.label} {self.numbers.max()}, beyond the machine")
+        if not self.references.size:
+            return
+        last = self.first_literal + len(self.literals)
+        for operation, low, high in (
+            (Operation.BASE_RAM, 0, spaces[Space.RAM]),
+            (Operation.BASE_DISK, 0, spaces[Space.DISK]),
+            (Operation.EARLIER, oldest_reference(self.first_literal, len(self.literals)), last),
+        ):
+            references = self.references_of(operation)
+            if references.size and not low <= int(references.min()) <= int(references.max()) < high:
+                raise CorruptError(f"{where} refers to {operation.name} outside {low} to {high - 1}")

@@ -1,0 +1,106 @@
+"""What goes into which frame: the pages that differ from the base, hot ones first.
+
+The plan speaks in positions, the rows of a capture, and copies no page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from cloudlet.errors import UsageError
+from cloudlet.model import PAGE_BYTES
+from cloudlet.overlay.base import BasePages
+from cloudlet.overlay.limits import FRAME_PAGES
+from cloudlet.overlay.pages import Numbers, PageSource, Positions, Space, equal_rows
+
+HOT_FRAME_PAGES = 64
+"""Pages of a hot frame. HOT_FRAME_REASON"""
+
+HOT_FRAMES = 440
+"""Hot frames at most, so that their entries fit the root; hot pages beyond come with the cold."""
+
+Hot = Sequence[tuple[Space, Numbers]]
+"""Pages in the order in which a resuming guest first touches them."""
+
+
+def changed_positions(space: Space, source: PageSource, base: BasePages) -> Positions:
+    """The rows of a capture that differ from the same page of the base.
+
+    :raises UsageError: the numbers do not increase, are beyond the machine or fit not the rows.
+    """
+    numbers = source.numbers
+    if numbers.dtype != np.uint32 or source.data.shape != (numbers.size, PAGE_BYTES):
+        raise UsageError(f"a capture of {numbers.size} {space.label}s has rows of shape {source.data.shape}")
+    if (numbers[1:] <= numbers[:-1]).any() or (numbers.size and int(numbers[-1]) >= base.count(space)):
+        raise UsageError(f"the {space.label}s of a capture are not in order or are beyond the machine")
+    kept = [np.empty(0, np.intp)]
+    for at in range(0, numbers.size, FRAME_PAGES):
+        batch = slice(at, at + FRAME_PAGES)
+        same = equal_rows(np.ascontiguousarray(source.data[batch]), base.read(space, numbers[batch]))
+        kept.append(at + np.flatnonzero(~same))
+    return np.concatenate(kept)
+
+
+@dataclass(frozen=True, slots=True)
+class FramePlan:
+    """Frames as space and positions: the hot ones, then what is left of each space."""
+
+    hot: tuple[tuple[Space, Positions], ...]
+    cold: Mapping[Space, Positions]
+
+    @classmethod
+    def make(cls, sources: Mapping[Space, PageSource], changed: Mapping[Space, Positions], hot: Hot) -> Self:
+        """Hot pages that did not change, or are named again, are passed over."""
+        left = {space: np.ones(source.numbers.size, np.bool_) for space, source in sources.items()}
+        frames: list[tuple[Space, Positions]] = []
+        for space, positions in _hot_frames(sources, changed, hot):
+            if len(frames) == HOT_FRAMES:
+                break
+            frames.append((space, positions))
+            left[space][positions] = False
+        cold = {space: positions[left[space][positions]] for space, positions in changed.items()}
+        return cls(tuple(frames), cold)
+
+    def frames(self) -> Iterator[tuple[Space, Positions]]:
+        """All frames in file order."""
+        yield from self.hot
+        for space in (Space.DISK, Space.RAM):
+            positions = self.cold[space]
+            for at in range(0, positions.size, FRAME_PAGES):
+                yield space, positions[at : at + FRAME_PAGES]
+
+
+def _hot_frames(
+    sources: Mapping[Space, PageSource], changed: Mapping[Space, Positions], hot: Hot
+) -> Iterator[tuple[Space, Positions]]:
+    """Stretches of the order of first touch; one that holds both spaces becomes two frames."""
+    spaces, positions = _touched(sources, changed, hot)
+    for at in range(0, positions.size, HOT_FRAME_PAGES):
+        stretch = slice(at, at + HOT_FRAME_PAGES)
+        for space in Space:
+            members = positions[stretch][spaces[stretch] == space]
+            if members.size:
+                yield space, np.sort(members)
+
+
+def _touched(
+    sources: Mapping[Space, PageSource], changed: Mapping[Space, Positions], hot: Hot
+) -> tuple[Positions, Positions]:
+    """Spaces and positions of the changed pages in a hot list, each at its first mention."""
+    spaces, positions = [np.empty(0, np.intp)], [np.empty(0, np.intp)]
+    for space, numbers in hot:
+        mine = changed[space]
+        known = sources[space].numbers[mine]
+        at = np.searchsorted(known, numbers)
+        found = at < known.size
+        found[found] = known[at[found]] == numbers[found]
+        positions.append(mine[at[found]])
+        spaces.append(np.full(positions[-1].size, space, np.intp))
+    all_spaces, all_positions = np.concatenate(spaces), np.concatenate(positions)
+    _, first = np.unique(all_positions * 8 + all_spaces, return_index=True)
+    first.sort()
+    return all_spaces[first], all_positions[first]

@@ -1,0 +1,103 @@
+"""Files with holes: where their data is, how to copy only that, and a digest that does not see holes.
+
+A guest's disk and RAM are mostly holes. The digest is the same whether zeros are written or not: the
+file is seen as chunks of 1 MiB, and it is BLAKE3 over the file's size and, for each chunk that is not
+all zeros, its number and its own BLAKE3 digest (``docs/formats/base.md``).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+
+from blake3 import blake3
+
+CHUNK_BYTES = 1 << 20
+_ZEROS = bytes(CHUNK_BYTES)
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+def data_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
+    """Where a file has data, as (offset, length) in bytes."""
+    position = 0
+    while (start := _next_data(descriptor, position)) is not None:
+        position = os.lseek(descriptor, start, os.SEEK_HOLE)
+        yield start, position - start
+
+
+def copy_data(source: int, target: int) -> None:
+    """Copy the data of a file to the same places of another that is empty; holes stay holes."""
+    for number, chunk in chunks(source):
+        write_at(target, chunk, number * CHUNK_BYTES)
+
+
+def chunks(descriptor: int) -> Iterator[tuple[int, memoryview]]:
+    """The chunks of a file that are not all zeros, with their numbers; each is lent until the next."""
+    size = os.fstat(descriptor).st_size
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    position: int | None = 0
+    while position is not None and position < size:
+        position = _next_data(descriptor, position)
+        if position is None:
+            return
+        number = position // CHUNK_BYTES
+        start = number * CHUNK_BYTES
+        chunk = buffer[: _fill(descriptor, buffer[: min(CHUNK_BYTES, size - start)], start)]
+        if chunk != _ZEROS[: len(chunk)]:
+            yield number, chunk
+        position = start + CHUNK_BYTES
+
+
+class SparseDigest:
+    """The digest of chunks that come one by one, in order."""
+
+    def __init__(self, size: int) -> None:
+        self._hash = blake3(size.to_bytes(8, "little"))
+
+    def add(self, number: int, chunk: bytes | memoryview) -> None:
+        """Add a chunk that is not all zeros."""
+        self._hash.update(number.to_bytes(8, "little") + blake3(chunk).digest())
+
+    def hex(self) -> str:
+        return self._hash.hexdigest()
+
+
+def digest_file(descriptor: int, progress: Progress | None = None) -> str:
+    """The digest of an open file."""
+    size = os.fstat(descriptor).st_size
+    digest = SparseDigest(size)
+    for number, chunk in chunks(descriptor):
+        digest.add(number, chunk)
+        if progress:
+            progress(min(size, (number + 1) * CHUNK_BYTES), size)
+    return digest.hex()
+
+
+def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:
+    """Write all of ``content`` at an offset."""
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _next_data(descriptor: int, position: int) -> int | None:
+    try:
+        return os.lseek(descriptor, position, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        raise
+
+
+def _fill(descriptor: int, room: memoryview, offset: int) -> int:
+    filled = 0
+    while filled < len(room):
+        count = os.preadv(descriptor, [room[filled:]], offset + filled)
+        if count == 0:
+            break
+        filled += count
+    return filled

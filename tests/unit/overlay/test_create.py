@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cloudlet.errors import CorruptError, LimitError, MismatchError, UsageError
+from cloudlet.overlay import limits, plan
+from cloudlet.overlay.create import Description, create
+from cloudlet.overlay.frames import FrameKind
+from cloudlet.overlay.index import PageIndex
+from cloudlet.overlay.pages import PageSource, Rows, Space
+from cloudlet.overlay.payload import Operation
+from cloudlet.overlay.reader import Frame
+from overlay.world import APP, DEVICE, MACHINE, SECTIONS, World, noise, page, source, unsigned
+
+# Seeds of pages: some new, some of the base's RAM and disk; None is a page of zeros.
+CONTENT = st.none() | st.integers(1, 6) | st.integers(1000, 1005) | st.integers(2000, 2005)
+HOT = st.lists(st.tuples(st.sampled_from(Space), st.lists(st.integers(0, 120), max_size=12)), max_size=5)
+
+
+def rows(content: dict[int, int | None]) -> dict[int, Rows]:
+    return {n: np.zeros(4096, np.uint8) if seed is None else page(seed) for n, seed in content.items()}
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(st.integers(0, 95), CONTENT, max_size=40),
+    st.dictionaries(st.integers(0, 63), CONTENT, max_size=40),
+    HOT,
+    st.integers(1, 5000),
+    st.sampled_from([(1, 2, 1), (7, 3, 2), (512, 64, 256)]),
+)
+def test_what_goes_in_comes_out(
+    world: World,
+    ram: dict[int, int | None],
+    disk: dict[int, int | None],
+    hot: list[tuple[Space, list[int]]],
+    most: int,
+    sizes: tuple[int, int, int],
+) -> None:
+    """Whatever a capture holds, however frames are cut and however the stream trickles."""
+    order = [(space, np.array(numbers, np.uint32)) for space, numbers in hot]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cloudlet.overlay.plan.FRAME_PAGES", sizes[0])
+        patch.setattr("cloudlet.overlay.plan.HOT_FRAME_PAGES", sizes[1])
+        patch.setattr("cloudlet.overlay.create.CHUNK_FRAMES", sizes[2])
+        data, report = world.create(rows(ram), rows(disk), hot=order)
+    rebuilt = world.apply(data, most=most)
+    expected_ram, expected_disk = world.ram.copy(), world.disk.copy()
+    for number, row in rows(ram).items():
+        expected_ram[number] = row
+    for number, row in rows(disk).items():
+        expected_disk[number] = row
+    assert (rebuilt.ram == expected_ram).all()
+    assert (rebuilt.disk == expected_disk).all()
+    assert rebuilt.device == DEVICE
+    # Only what differs is in the file.
+    assert sorted(rebuilt.came[Space.RAM]) == np.flatnonzero((expected_ram != world.ram).any(1)).tolist()
+    assert sorted(rebuilt.came[Space.DISK]) == np.flatnonzero((expected_disk != world.disk).any(1)).tolist()
+    assert report.changed_pages == sum(len(came) for came in rebuilt.came.values())
+    assert report.file_bytes == len(data)
+    new = {seed for seed in [*ram.values(), *disk.values()] if seed is not None and seed < 1000}
+    assert report.literal_bytes == 4096 * len(new), "every page that the base lacks comes once"
+
+
+def test_each_page_takes_the_cheapest_way(world: World) -> None:
+    ram = {0: None, 1: 1, 2: 1, 3: 1050, 4: 2001}
+    _, report = world.create(rows(ram), rows({9: 1, 10: 2011, 11: 2}))
+    assert report.pages[Space.RAM] == {
+        Operation.ZERO: 1,
+        Operation.EARLIER: 2,
+        Operation.BASE_RAM: 1,
+        Operation.BASE_DISK: 1,
+        Operation.LITERAL: 0,
+    }
+    assert report.pages[Space.DISK][Operation.LITERAL] == 2
+    assert report.captured == {Space.RAM: 5, Space.DISK: 3}
+
+
+def test_an_index_that_lies_makes_no_wrong_page(world: World) -> None:
+    liar = PageIndex(
+        world.index.base,
+        world.index._high,
+        world.index._low,
+        world.index._page[::-1] + 7,
+        world.index._space,
+    )
+    out = io.BytesIO()
+    about = Description(APP, "2026-11-24T23:00:00Z", MACHINE, SECTIONS, DEVICE)
+    ram = rows({i: 1000 + (i + 5) % 50 for i in range(50)})
+    create(out, io.BytesIO(), about, source(ram), PageSource.empty(), world.base, liar)
+    assert (world.apply(out.getvalue()).ram[:50] == np.stack(list(ram.values()))).all()
+
+
+def kinds(data: bytes) -> list[FrameKind]:
+    return [p.entry.kind for p in unsigned(data).parts() if isinstance(p, Frame)]
+
+
+def test_hot_pages_come_first_in_the_order_of_touch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloudlet.overlay.plan.HOT_FRAME_PAGES", 2)
+    ram, disk = rows({i: i + 1 for i in range(10)}), rows({i: i + 50 for i in range(10)})
+    hot = [
+        (Space.RAM, np.array([9, 3, 9, 77], np.uint32)),
+        (Space.DISK, np.array([8], np.uint32)),
+        (Space.RAM, np.array([5, 3], np.uint32)),
+    ]
+    data, report = world.create(ram, disk, hot=hot)
+    rebuilt = world.apply(data)
+    assert report.hot_frames == 3
+    assert rebuilt.came[Space.RAM][:3] == [3, 9, 5]
+    assert rebuilt.came[Space.DISK][:1] == [8]
+    assert kinds(data)[2:] == [FrameKind.RAM] * 2 + [FrameKind.DISK] * 2 + [FrameKind.RAM]
+
+
+def test_what_is_hot_beyond_the_root_comes_with_the_cold(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "HOT_FRAMES", 1)
+    monkeypatch.setattr(plan, "HOT_FRAME_PAGES", 2)
+    data, report = world.create(
+        rows({i: i + 1 for i in range(9)}), hot=[(Space.RAM, np.arange(9, dtype=np.uint32))]
+    )
+    assert report.hot_frames == 1
+    assert world.apply(data).came[Space.RAM] == list(range(9))
+
+
+def test_a_full_hot_prefix_fits_the_root(world: World) -> None:
+    """The largest entries there can be, as many as the writer makes, beside a large application."""
+    from cloudlet.overlay.frames import FrameEntry, payload_bytes
+
+    entry = FrameEntry(FrameKind.RAM, 270_000, payload_bytes(64, 0, 64), 64, 64, b"\xff" * 32)
+    root = unsigned(world.create()[0]).root
+    large = replace(root, hot_frames=(entry,) * plan.HOT_FRAMES, device_sections=SECTIONS * 40)
+    assert len(large.encode()) < limits.ROOT_BYTES - 10_000
+
+
+def test_the_window_is_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a window of 20 literals, nothing refers further back, and the content is right."""
+    for module in ("encode", "payload", "apply"):
+        monkeypatch.setattr(f"cloudlet.overlay.{module}.WINDOW_LITERALS", 20)
+    monkeypatch.setattr("cloudlet.overlay.plan.FRAME_PAGES", 8)
+    content = {i: 1 + (i * 7) % 30 for i in range(96)}
+    data, report = world.create(rows(content))
+    assert (world.apply(data).ram == np.stack(list(rows(content).values()))).all()
+    assert report.pages[Space.RAM][Operation.LITERAL] > 30, "some had left the window"
+
+
+def test_the_same_capture_gives_the_same_bytes(world: World) -> None:
+    ram = rows({i: i for i in range(20)})
+    assert world.create(ram)[0] == world.create(ram)[0]
+
+
+def test_it_accounts_for_every_byte(world: World) -> None:
+    ram = dict(enumerate(noise(40)))
+    data, report = world.create(ram, hot=[(Space.RAM, np.array([5], np.uint32))], plain_delta=True)
+    parts = report.head_bytes + report.map_bytes + report.device_bytes + report.index_bytes
+    assert parts + report.frame_bytes == report.file_bytes == len(data)
+    assert report.plain_delta_bytes is not None
+    assert 40 * 4096 < report.plain_delta_bytes < 41 * 4096
+    assert report.identity == unsigned(data).identity
+    assert {"compare", "encode", "write", "plain_delta"} == report.seconds.keys()
+
+
+def test_progress_is_told_and_can_cancel(world: World) -> None:
+    told: list[tuple[int, int]] = []
+    world.create(rows({i: i + 1 for i in range(10)}), progress=lambda *a: told.append(a))
+    assert told == [(10, 10)]
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        world.create(rows({1: 1}), progress=stop)
+
+
+def attempt(world: World, about: Description, ram: PageSource) -> bytes:
+    out = io.BytesIO()
+    create(out, io.BytesIO(), about, ram, PageSource.empty(), world.base, world.index)
+    return out.getvalue()
+
+
+ABOUT = Description(APP, "2026-11-24T23:00:00Z", MACHINE, SECTIONS, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("about", "error"),
+    [
+        (replace(ABOUT, machine=replace(MACHINE, cpus=2)), MismatchError),
+        (replace(ABOUT, device_sections=SECTIONS[:1]), MismatchError),
+        (replace(ABOUT, device_state=b""), UsageError),
+        (replace(ABOUT, device_state=bytes((16 << 20) + 1)), LimitError),
+        (replace(ABOUT, created="now"), CorruptError),
+        (replace(ABOUT, app=replace(APP, name="two\nlines")), CorruptError),
+    ],
+)
+def test_what_no_reader_would_take_is_not_written(
+    world: World, about: Description, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        attempt(world, about, PageSource.empty())
+
+
+@pytest.mark.parametrize("numbers", [[2, 1], [1, 1], [5, 96]])
+def test_a_capture_must_be_in_order_and_inside(world: World, numbers: list[int]) -> None:
+    bad = PageSource(np.array(numbers, np.uint32), noise(2))
+    with pytest.raises(UsageError):
+        attempt(world, ABOUT, bad)
+
+
+def test_a_capture_must_have_a_row_for_each_page(world: World) -> None:
+    with pytest.raises(UsageError):
+        attempt(world, ABOUT, PageSource(np.array([1], np.uint32), noise(2)))
+
+
+def test_a_device_state_of_many_frames(world: World) -> None:
+    state = np.random.default_rng(3).integers(0, 256, 16 << 20, np.uint8).tobytes()
+    data, _ = world.create(device=state)
+    assert world.apply(data).device == state
+    assert kinds(data).count(FrameKind.DEVICE) == 8

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloudlet.errors import CorruptError
+from cloudlet.overlay.frames import FrameEntry, FrameKind
+from cloudlet.overlay.pages import Space
+from cloudlet.overlay.payload import Operation, PagePayload, oldest_reference
+from overlay.world import MACHINE, noise
+
+
+def payload(operations: list[int], numbers: list[int], references: list[int], first: int = 7) -> PagePayload:
+    literals = noise(operations.count(Operation.LITERAL))
+    return PagePayload(
+        Space.RAM,
+        first,
+        np.array(numbers, np.uint32),
+        np.array(operations, np.uint8),
+        np.array(references, np.uint32),
+        literals,
+    )
+
+
+def decode(made: PagePayload, change: tuple[int, bytes] | None = None) -> PagePayload:
+    raw = bytearray(made.encode().tobytes())
+    entry = FrameEntry(FrameKind.RAM, 1, len(raw), made.numbers.size, len(made.literals), bytes(32))
+    if change:
+        raw[change[0] : change[0] + len(change[1])] = change[1]
+    return PagePayload.decode(entry, bytes(raw), MACHINE, "frame 3")
+
+
+@given(st.data())
+def test_it_reads_what_it_writes(data: st.DataObject) -> None:
+    numbers = data.draw(st.lists(st.integers(0, 95), min_size=1, max_size=20, unique=True))
+    count = len(numbers)
+    operations = data.draw(st.lists(st.integers(0, 4), min_size=count, max_size=count))
+    need = sum(0 < o < 4 for o in operations)
+    references = data.draw(st.lists(st.integers(0, 6), min_size=need, max_size=need))
+    made = payload(operations, numbers, references)
+    again = decode(made)
+    assert again.first_literal == 7
+    assert again.numbers.tolist() == numbers
+    assert again.operations.tolist() == operations
+    assert again.references.tolist() == references
+    assert (again.literals == made.literals).all()
+    referring = [o for o in operations if 0 < o < 4]
+    for operation in (Operation.BASE_RAM, Operation.BASE_DISK, Operation.EARLIER):
+        expected = [r for o, r in zip(referring, references, strict=True) if o == operation]
+        assert again.references_of(operation).tolist() == expected
+        assert again.positions(operation).tolist() == [
+            at for at, o in enumerate(operations) if o == operation
+        ]
+
+
+@pytest.mark.parametrize("code", [5, 6, 255])
+def test_reserved_operations_are_refused(code: int) -> None:
+    with pytest.raises(CorruptError, match="reserved"):
+        decode(payload([0, 0], [1, 2], []), (8 + 8, bytes([code])))
+
+
+def test_counts_must_fit() -> None:
+    made = payload([0, 4, 1], [1, 2, 3], [5])
+    assert decode(made).references.tolist() == [5]
+    with pytest.raises(CorruptError, match="literals"):
+        decode(made, (8 + 12, bytes([4, 4, 1])))
+    with pytest.raises(CorruptError, match="one reference"):
+        decode(made, (8 + 12, bytes([1, 4, 1])))
+    with pytest.raises(CorruptError, match="counts 2 references"):
+        decode(made, (4, b"\2"))
+
+
+@pytest.mark.parametrize(
+    ("operation", "reference", "good"),
+    [
+        (Operation.BASE_RAM, 95, True),
+        (Operation.BASE_RAM, 96, False),
+        (Operation.BASE_DISK, 63, True),
+        (Operation.BASE_DISK, 64, False),
+        (Operation.EARLIER, 20_000, True),
+        (Operation.EARLIER, 20_001, False),
+        (Operation.EARLIER, 2**32 - 1, False),
+        (Operation.EARLIER, 20_001 - 16_384, True),
+        (Operation.EARLIER, 20_000 - 16_384, False),
+    ],
+)
+def test_references_stay_inside(operation: Operation, reference: int, good: bool) -> None:
+    made = payload([operation, Operation.LITERAL], [1, 2], [reference], first=20_000)
+    if good:
+        assert decode(made).references_of(operation).tolist() == [reference]
+    else:
+        with pytest.raises(CorruptError, match="outside"):
+            decode(made)
+
+
+@pytest.mark.parametrize("numbers", [[96], [5, 2**32 - 1]])
+def test_pages_stay_inside_the_machine(numbers: list[int]) -> None:
+    with pytest.raises(CorruptError, match="beyond"):
+        decode(payload([0] * len(numbers), numbers, []))
+
+
+def test_the_window_begins_at_the_first_literal() -> None:
+    assert oldest_reference(0, 512) == 0
+    assert oldest_reference(16_384 - 512, 512) == 0
+    assert oldest_reference(16_384, 1) == 1

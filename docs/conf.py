@@ -16,7 +16,7 @@ project = "Cloudlet"
 copyright = "the Cloudlet contributors, Apache License 2.0"  # noqa: A001 (Sphinx gives the name)
 release = version = _METADATA["project"]["version"]
 
-extensions = ["myst_parser", "openstackdocstheme", "reno.sphinxext"]
+extensions = ["myst_parser", "reno.sphinxext"]
 myst_enable_extensions = ["deflist", "fieldlist"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "results/raw"]
@@ -24,15 +24,6 @@ exclude_patterns = ["_build", "results/raw"]
 # Every reference must resolve; with -W a broken one ends the build.
 nitpicky = True
 
-html_theme = "openstackdocs"
+html_theme = "furo"
 html_title = "Cloudlet"
-# The theme would otherwise report each page view to a measuring service.
-html_theme_options = {
-    "analytics_tracking_code": "",
-    "display_badge": False,
-    "root_title": "Cloudlet",
-}
 html_copy_source = False
-# The version comes from pyproject.toml, and the theme's own look-up wants pbr.
-openstackdocs_auto_name = False
-openstackdocs_auto_version = False

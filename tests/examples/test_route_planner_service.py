@@ -30,9 +30,7 @@ _spec.loader.exec_module(checker)
 @contextmanager
 def running():
     """A started and warm service: its process and port. Ends with SIGTERM, which must work."""
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS")
-    }
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS")}
     command = [
         sys.executable,
         "-m",

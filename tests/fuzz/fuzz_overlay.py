@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
 try:
@@ -33,8 +33,8 @@ if atheris is not None:
         import cloudlet.overlay.apply  # noqa: F401
 
 import numpy as np
-from overlay.forge import Forged
-from overlay.world import Rebuilt, World, noise, page, unsigned
+from tests.unit.overlay.forge import Forged
+from tests.unit.overlay.world import Rebuilt, World, noise, page, unsigned
 
 from cloudlet.errors import IntegrityError
 from cloudlet.overlay.apply import apply, verify_only

@@ -16,9 +16,7 @@ from pathlib import Path
 _SCRIPTS = Path(__file__).parent
 
 # The calibrations and self-tests that the quick guest leaves out cost half a second under TCG.
-_QUICK_CMDLINE = (
-    "console=ttyS0 quiet no_timer_check tsc=reliable mitigations=off cryptomgr.notests"
-)
+_QUICK_CMDLINE = "console=ttyS0 quiet no_timer_check tsc=reliable mitigations=off cryptomgr.notests"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +53,7 @@ def _images(cache: Path) -> dict[str, TestImage]:
     return {
         "quick": quick,
         # The same files: one word on the command line leaves the agent out.
-        "serial": replace(
-            quick, cmdline=_QUICK_CMDLINE + " agent=off", ready="serial:cloudlet-test ready"
-        ),
+        "serial": replace(quick, cmdline=_QUICK_CMDLINE + " agent=off", ready="serial:cloudlet-test ready"),
         "alpine": TestImage(
             disk=cache / "alpine.qcow2",
             kernel=cache / "alpine.kernel",

@@ -18,6 +18,8 @@ root=$work/root
 cat > "$work/any.network" <<'NETWORK'
 [Match]
 Type=ether
+[Link]
+RequiredForOnline=no
 [Network]
 DHCP=yes
 NETWORK
@@ -36,7 +38,7 @@ mmdebstrap --quiet --variant=minbase \
   --aptopt='APT::Install-Recommends "false"' \
   --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
   --dpkgopt='path-exclude=/usr/share/doc/*' \
-  --include=systemd-sysv,udev,linux-image-amd64,qemu-guest-agent,iproute2 \
+  --include=systemd-sysv,udev,dbus,linux-image-amd64,qemu-guest-agent,iproute2 \
   --customize-hook="copy-in $work/fstab /etc" \
   --customize-hook="copy-in $work/any.network /etc/systemd/network" \
   --customize-hook='mkdir "$1/boot/efi"; echo uefi > "$1/etc/hostname"' \

@@ -11,6 +11,7 @@ from typing import Self, TypeVar
 MAC = bytes.fromhex("525400c10d01")
 GATEWAY_MAC = bytes.fromhex("52550a000202")
 EVERYBODY = b"\xff" * 6
+DISCOVER, REQUEST = 1, 3
 T = TypeVar("T")
 
 
@@ -68,9 +69,12 @@ def tcp_syn(source: str, target: str, port: int) -> bytes:
     return GATEWAY_MAC + MAC + b"\x08\x00" + _ip(6, addresses, tcp)
 
 
-def dhcp_discover() -> bytes:
+def dhcp_message(kind: int, wanted: str | None = None) -> bytes:
     bootp = struct.pack(">BBBBIHH", 1, 1, 6, 0, 0x1234, 0, 0x8000) + bytes(16) + MAC
-    message = bootp.ljust(236, b"\0") + b"\x63\x82\x53\x63" + b"\x35\x01\x01\xff"
+    message = bootp.ljust(236, b"\0") + b"\x63\x82\x53\x63" + bytes([53, 1, kind])
+    if wanted is not None:
+        message += b"\x32\x04" + socket.inet_aton(wanted)
+    message += b"\xff"
     udp = struct.pack(">HHHH", 68, 67, 8 + len(message), 0) + message
     return EVERYBODY + MAC + b"\x08\x00" + _ip(17, bytes(4) + b"\xff" * 4, udp)
 

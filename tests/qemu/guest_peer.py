@@ -3,9 +3,9 @@
 Started as a process with the descriptor that QEMU would have got, it makes a network namespace with
 a tap device that has the guest's address, and carries frames between the tap and the descriptor in
 QEMU's framing. Inside it serves port 80 (echo, then ``bye`` at the end), 81 (the SHA-256 of what it
-got, once that has ended) and 82 (once what it got has ended, as many zeros as that said). On standard input it takes commands,
-one JSON value a line, and answers each with one: ``["tcp"|"udp", host, port, seconds]`` tries to
-reach that address and answers how it ended.
+got, once that has ended) and 82 (once what it got has ended, as many zeros as that said). On
+standard input it takes commands, one JSON value a line, and answers each with one:
+``["tcp"|"udp", host, port, seconds]`` tries to reach that address and answers how it ended.
 """
 
 import errno

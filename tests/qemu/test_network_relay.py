@@ -8,6 +8,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -135,7 +136,7 @@ def test_out_of_descriptors_it_waits_and_then_goes_on(relayed: Relayed) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     waiting = socket.socket()
     waiting.settimeout(SECONDS)
-    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
     spare = [os.open("/dev/null", os.O_RDONLY) for _ in range(highest)]
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:

@@ -100,9 +100,7 @@ def test_violation_is_named(routes, reason):
 def test_explicit_weights(layout, weights):
     head, tail = TRIANGLE.split("NODE_COORD_SECTION")
     explicit = head.replace("EUC_2D", f"EXPLICIT\nEDGE_WEIGHT_FORMAT : {layout}")
-    text = (
-        f"{explicit}EDGE_WEIGHT_SECTION\n{weights}\nDEMAND_SECTION{tail.split('DEMAND_SECTION')[1]}"
-    )
+    text = f"{explicit}EDGE_WEIGHT_SECTION\n{weights}\nDEMAND_SECTION{tail.split('DEMAND_SECTION')[1]}"
     assert checker.check(text, [[1, 2], [3]]).cost == 14
 
 
@@ -166,9 +164,7 @@ def planned(draw):
     """An instance with integer points, and a random plan that keeps its capacity."""
     customers = draw(st.integers(2, 12))
     coordinate = st.integers(-1000, 1000)
-    points = draw(
-        st.lists(st.tuples(coordinate, coordinate), min_size=customers + 1, max_size=customers + 1)
-    )
+    points = draw(st.lists(st.tuples(coordinate, coordinate), min_size=customers + 1, max_size=customers + 1))
     demands = [0, *draw(st.lists(st.integers(1, 50), min_size=customers, max_size=customers))]
     routes, capacity = [[]], 60
     for customer in draw(st.permutations(range(1, customers + 1))):

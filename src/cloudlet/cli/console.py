@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import selectors
-import socket
 import sys
 import termios
 import tty
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from cloudlet.errors import FailedError, UsageError
+from cloudlet.errors import FailedError
 from cloudlet.hypervisor.driver import Instance
 
 _LEAVE = b"\x1d"
@@ -24,31 +23,27 @@ def attach(instance: Instance, keyboard: TextIO, notes: TextIO) -> None:
 
     :raises FailedError: the machine ended.
     """
-    if instance.console_socket is None:
-        raise UsageError("this machine has no console")
     print(
         "The guest's console; Ctrl-] (or the end of input) when the app runs as it should.",
         file=notes,
         flush=True,
     )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as console, _raw(keyboard):
-        console.connect(str(instance.console_socket))
-        with selectors.DefaultSelector() as selector:
-            selector.register(console, selectors.EVENT_READ, "console")
-            selector.register(keyboard, selectors.EVENT_READ, "keyboard")
-            while True:
-                for key, _ in selector.select():
-                    data = os.read(key.fd, 4096)
-                    if key.data == "console":
-                        if not data:
-                            raise FailedError("the machine ended")
-                        sys.stdout.buffer.write(data)
-                        sys.stdout.buffer.flush()
-                        continue
-                    before, leave, _ = data.partition(_LEAVE)
-                    console.sendall(before)
-                    if leave or not data:
-                        return
+    with instance.open_console() as console, _raw(keyboard), selectors.DefaultSelector() as selector:
+        selector.register(console, selectors.EVENT_READ, "console")
+        selector.register(keyboard, selectors.EVENT_READ, "keyboard")
+        while True:
+            for key, _ in selector.select():
+                data = os.read(key.fd, 4096)
+                if key.data == "console":
+                    if not data:
+                        raise FailedError("the machine ended")
+                    sys.stdout.buffer.write(data)
+                    sys.stdout.buffer.flush()
+                    continue
+                before, leave, _ = data.partition(_LEAVE)
+                console.sendall(before)
+                if leave or not data:
+                    return
 
 
 @contextmanager

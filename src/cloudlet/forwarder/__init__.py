@@ -5,9 +5,9 @@ ports, which the site bound in the host's network, and lives in a network namesp
 which there is nothing but itself and a cable to the guest's card. So a client of a published port
 is relayed to the guest, and nothing that the guest sends has anywhere to go.
 
-Read ``process`` first: it is the story. ``namespace`` makes and furnishes the empty network, ``wire``
-is the cable, ``dhcp`` tells the guest its address, ``relay`` moves the clients' bytes, all in one
-``loop``. The TCP on both sides is the kernel's. Only light modules of the standard library are
-imported here (no pathlib, no dataclasses, no json), since an instance waits for this process to
+Read ``process`` first: it is the story. ``namespace`` makes and furnishes the empty network,
+``wire`` is the cable, ``dhcp`` tells the guest its address, ``relay`` moves the clients' bytes, all
+in one ``loop``. The TCP on both sides is the kernel's. Only light modules of the standard library
+are imported here (no pathlib, dataclasses or json), since an instance waits for this process to
 start. The site's side of it is ``cloudlet.hypervisor.qemu.network``.
 """

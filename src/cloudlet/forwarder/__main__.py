@@ -9,8 +9,8 @@ import os
 import sys
 
 if __name__ == "__main__":
-    here = os.path.abspath(__file__)
-    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(here))))
+    above = os.path.join(os.path.dirname(__file__), "..", "..")  # noqa: PTH118, PTH120 (see package)
+    sys.path.append(os.path.abspath(above))  # noqa: PTH100 (see package)
     from cloudlet.forwarder.process import main
 
     sys.exit(main(sys.argv[1:]))

@@ -55,7 +55,8 @@ def answer(request: bytes) -> bytes | None:
         case _:
             return None
     reply = struct.pack(">BBBB", 2, 1, 6, 0) + request[4:8] + bytes(2) + request[10:12] + bytes(4)
-    reply += (bytes(4) if kind == _NAK else address) + gateway + request[24:44] + bytes(192) + _MAGIC
+    reply += (bytes(4) if kind == _NAK else address) + gateway + request[24:44]
+    reply += bytes(192) + _MAGIC
     reply += _option(_TYPE, bytes([kind])) + _option(54, gateway)
     if kind != _NAK:
         reply += _option(51, b"\xff" * 4) + _option(1, socket.inet_aton(NETMASK))

@@ -22,7 +22,7 @@ class Loop:
         self._timer: tuple[float, Callable[[], None]] | None = None
 
     def add(self, descriptor: int, awaited: int, handler: Callable[[int], None]) -> None:
-        """Call ``handler`` with the events of ``descriptor`` that are ``awaited``, and with breaks."""
+        """Call ``handler`` with events of ``descriptor``: those ``awaited``, and breaks."""
         self._epoll.register(descriptor, awaited)
         self._handlers[descriptor] = handler
 
@@ -48,7 +48,8 @@ class Loop:
                 action()
             # All are looked up before any runs: a descriptor that one closes and the next opens
             # anew is not served with an event of the old one.
-            for handler, mask in [(self._handlers[descriptor], mask) for descriptor, mask in events]:
+            ready = [(self._handlers[descriptor], mask) for descriptor, mask in events]
+            for handler, mask in ready:
                 handler(mask)
 
     def stop(self) -> None:

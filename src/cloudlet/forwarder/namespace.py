@@ -77,7 +77,7 @@ def enter_empty_network() -> bool:
     # Only oneself is known inside. The kernel wants setgroups denied before the group's line.
     maps = (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1"))
     for name, line in maps:
-        with open(f"/proc/self/{name}", "w", encoding="ascii") as file:  # noqa: PTH123 (see package)
+        with open(f"/proc/self/{name}", "w", encoding="ascii") as file:  # noqa: PTH123
             file.write(line)
     return False
 
@@ -126,10 +126,10 @@ def give_up_rights(uid: int, gid: int, *, privileged: bool) -> None:
 
 
 def _hint() -> str:
-    """Name the setting of this kernel that forbids user namespaces, as a command, if there is one."""
+    """Name the setting of this kernel that forbids it, as a command, if there is one."""
     for name, forbidding, command in _FORBIDDERS:
         try:
-            with open(f"/proc/sys/{name}", encoding="ascii") as file:  # noqa: PTH123 (see package)
+            with open(f"/proc/sys/{name}", encoding="ascii") as file:  # noqa: PTH123
                 if file.read().strip() == forbidding:
                     return command
         except OSError:

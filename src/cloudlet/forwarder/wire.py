@@ -7,6 +7,7 @@ tap's queue, of bounded length, from which the kernel drops: its TCP knows what 
 
 import os
 import socket
+from contextlib import suppress
 
 from cloudlet.forwarder.loop import READ, WRITE, Loop
 
@@ -16,7 +17,7 @@ _ROUND = 64  # frames read from the tap before somebody else has a turn
 
 
 class Wire:
-    """Carry frames between ``link``, the other end of QEMU's socket, and ``tap``; stop at its end."""
+    """Carry frames between ``link``, the other end of QEMU's socket, and ``tap``, until it ends."""
 
     def __init__(self, loop: Loop, link: socket.socket, tap: int) -> None:
         self._loop = loop
@@ -57,10 +58,8 @@ class Wire:
                 return
             if stop > end:
                 break
-            try:
+            with suppress(OSError):  # too short for a frame, or no room: lost, as on any network
                 os.write(self._tap, view[start + 4 : stop])
-            except OSError:  # a frame too short to be one, or no room: as on any network, it is lost
-                pass
             start = stop
         self._count = end - start
         view[: self._count] = bytes(view[start:end])

@@ -6,6 +6,7 @@ of tests (``tests/contract``) runs on both. The stories in ``cloudlet.control`` 
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -119,9 +120,6 @@ class Instance(Protocol):
     def console_log(self) -> Path: ...
 
     @property
-    def console_socket(self) -> Path | None: ...
-
-    @property
     def agent(self) -> GuestAgent | None: ...
 
     def state(self) -> RunState: ...
@@ -129,6 +127,9 @@ class Instance(Protocol):
     def pause(self) -> None: ...
 
     def resume(self) -> None: ...
+
+    def open_console(self) -> socket.socket:
+        """A connection with the guest's serial console; one at a time."""
 
     def cpu_seconds(self) -> float:
         """CPU time the machine has used on this host."""

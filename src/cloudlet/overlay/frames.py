@@ -33,7 +33,7 @@ PAYLOAD_HEAD_BYTES = 8
 """First literal and number of references, at the start of a frame of pages."""
 
 _LAYOUT = struct.Struct("<BBHIIHH32s")
-_PIECE_BYTES = 128 << 10
+_PIECE_BYTES = 32 << 10  # One block of the library's output buffer: no joining of several.
 _OPTIONS = {int(zstd.DecompressionParameter.window_log_max): FRAME_BYTES.bit_length() - 1}
 
 

@@ -18,7 +18,9 @@ from cloudlet.overlay.limits import FRAME_PAGES
 from cloudlet.overlay.pages import Numbers, PageSource, Positions, Space, equal_rows
 
 HOT_FRAME_PAGES = 64
-"""Pages of a hot frame. HOT_FRAME_REASON"""
+"""Pages of a hot frame. A page can be used when its frame is there: 64 pages are 80 to 190 KiB, some
+0.1 s at 10 Mbit/s, where 512 are 0.5 to 1 s. Measured price: 5 to 7 % of the hot frames' bytes
+against one long stream, instead of 1 %; 32 pages would cost 10 %."""
 
 HOT_FRAMES = 440
 """Hot frames at most, so that their entries fit the root; hot pages beyond come with the cold."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from overlay.world import World, page
+from .world import World, page
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ from cloudlet.overlay.frames import FrameEntry, FrameKind, Packer, Unpacker, pac
 from cloudlet.overlay.reader import Frame
 from cloudlet.overlay.root import Root
 from cloudlet.overlay.sign import write_head
-from overlay.world import unsigned
+
+from .world import unsigned
 
 
 @dataclass

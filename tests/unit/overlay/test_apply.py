@@ -7,6 +7,7 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from cloudlet.overlay.create import Description, create
 from cloudlet.overlay.index import PageIndex
 from cloudlet.overlay.pagemap import PageMap
 from cloudlet.overlay.pages import PageSource
-from overlay.world import APP, MACHINE, SECTIONS, Rebuilt, World, noise, page, unsigned
+
+from .world import APP, MACHINE, SECTIONS, Rebuilt, World, noise, page, unsigned
 
 
 def test_progress_ends_at_the_size_of_the_file(world: World, small: bytes) -> None:
@@ -70,7 +72,7 @@ MEASURE = textwrap.dedent(
     import io, os, resource, sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
-    from overlay.world import World, MACHINE, SECTIONS, DEVICE
+    from tests.unit.overlay.world import MACHINE, SECTIONS
     from dataclasses import replace
     from cloudlet.overlay.apply import apply
     from cloudlet.overlay.base import BasePages
@@ -95,23 +97,23 @@ MEASURE = textwrap.dedent(
 )
 
 
-def test_memory_is_bounded(tmp_path: Path) -> None:
+def test_memory_is_bounded() -> None:
     """200 MiB of literals for a guest of 64 GiB, in a process that may have 160 MiB more."""
     machine = replace(MACHINE, memory_bytes=64 << 30)
     pages = noise(51_200)
     numbers = np.arange(51_200, dtype=np.uint32) * 300
-    with (tmp_path / "base").open("wb+") as empty, (tmp_path / "overlay").open("wb+") as out:
+    with TemporaryFile() as empty, TemporaryFile() as out:
         empty.truncate(64 << 30)
         base = BasePages("ab" * 32, machine, SECTIONS, empty.fileno(), empty.fileno())
         nothing = (np.empty(0, kind) for kind in (np.uint64, np.uint64, np.uint32, np.uint8))
         index = PageIndex("ab" * 32, *nothing)
         about = Description(APP, "2026-11-24T23:00:00Z", machine, SECTIONS, b"x")
-        with (tmp_path / "spool").open("wb+") as spool:
+        with TemporaryFile() as spool:
             create(out, spool, about, PageSource(numbers, pages), PageSource.empty(), base, index, level=-5)
         out.seek(0)
         fds = (out.fileno(), empty.fileno())
         ran = subprocess.run(
-            [sys.executable, "-c", MEASURE, str(Path(__file__).parent.parent), *map(str, fds), str(64 << 30)],
+            [sys.executable, "-c", MEASURE, str(Path(__file__).parents[3]), *map(str, fds), str(64 << 30)],
             pass_fds=fds,
             capture_output=True,
             text=True,

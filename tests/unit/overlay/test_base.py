@@ -8,7 +8,8 @@ import pytest
 
 from cloudlet.errors import CorruptError
 from cloudlet.overlay.pages import Space
-from overlay.world import World
+
+from .world import World
 
 
 @pytest.mark.parametrize("numbers", [[], [5], [3, 4, 5], [9, 2, 3, 1], [4, 4, 4], [0, 95]])

@@ -16,7 +16,8 @@ from cloudlet.overlay.index import PageIndex
 from cloudlet.overlay.pages import PageSource, Rows, Space
 from cloudlet.overlay.payload import Operation
 from cloudlet.overlay.reader import Frame
-from overlay.world import APP, DEVICE, MACHINE, SECTIONS, World, noise, page, source, unsigned
+
+from .world import APP, DEVICE, MACHINE, SECTIONS, World, noise, page, source, unsigned
 
 # Seeds of pages: some new, some of the base's RAM and disk; None is a page of zeros.
 CONTENT = st.none() | st.integers(1, 6) | st.integers(1000, 1005) | st.integers(2000, 2005)

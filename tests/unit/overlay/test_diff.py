@@ -8,7 +8,8 @@ import pytest
 from cloudlet.errors import MismatchError
 from cloudlet.overlay.diff import compare
 from cloudlet.overlay.pages import Space
-from overlay.world import World, page, unsigned
+
+from .world import World, page, unsigned
 
 
 def test_pages_are_compared_by_content(world: World) -> None:

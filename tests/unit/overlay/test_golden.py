@@ -13,8 +13,9 @@ from cloudlet.overlay import canonical
 from cloudlet.overlay.frames import zstd
 from cloudlet.overlay.pages import Space
 from cloudlet.overlay.reader import OverlayReader
-from overlay.forge import Forged
-from overlay.world import DEVICE, Key, Ring, World, page, unsigned
+
+from .forge import Forged
+from .world import DEVICE, Key, Ring, World, page, unsigned
 
 FILE = Path(__file__).with_name("golden-1.overlay")
 DIGEST = "a0c27ba6e9b8080922ccf218debd151aa3187987054cbfa774a0a1e0a4278226"

@@ -10,7 +10,8 @@ import pytest
 from cloudlet.errors import CorruptError, MismatchError
 from cloudlet.overlay.index import PageIndex, digest_rows
 from cloudlet.overlay.pages import Space
-from overlay.world import MACHINE, World, page
+
+from .world import MACHINE, World, page
 
 NONE = np.empty((0, 2), np.uint32)
 

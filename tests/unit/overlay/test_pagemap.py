@@ -11,7 +11,8 @@ from cloudlet.errors import CorruptError
 from cloudlet.overlay.pagemap import Coverage, PageMap
 from cloudlet.overlay.pages import Space, runs_of
 from cloudlet.overlay.root import Totals
-from overlay.world import MACHINE
+
+from .world import MACHINE
 
 SETS = st.sets(st.integers(0, 63), max_size=40)
 

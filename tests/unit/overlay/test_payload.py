@@ -9,7 +9,8 @@ from cloudlet.errors import CorruptError
 from cloudlet.overlay.frames import FrameEntry, FrameKind
 from cloudlet.overlay.pages import Space
 from cloudlet.overlay.payload import Operation, PagePayload, oldest_reference
-from overlay.world import MACHINE, noise
+
+from .world import MACHINE, noise
 
 
 def payload(operations: list[int], numbers: list[int], references: list[int], first: int = 7) -> PagePayload:

@@ -22,8 +22,9 @@ from cloudlet.overlay.apply import apply, verify_only
 from cloudlet.overlay.frames import FrameKind
 from cloudlet.overlay.pages import Space
 from cloudlet.overlay.reader import OverlayReader
-from overlay.forge import Forged
-from overlay.world import Key, Rebuilt, Ring, World, page, unsigned
+
+from .forge import Forged
+from .world import Key, Rebuilt, Ring, World, page, unsigned
 
 KEY, OTHER = Key(1, "publisher"), Key(2, "stranger")
 RING = Ring([KEY])

@@ -9,8 +9,9 @@ import pytest
 from cloudlet.errors import CorruptError, IntegrityError, LimitError, MismatchError
 from cloudlet.overlay import canonical
 from cloudlet.overlay.root import DeviceSection, Root
-from overlay.forge import Forged
-from overlay.world import MACHINE, SECTIONS, unsigned
+
+from .forge import Forged
+from .world import MACHINE, SECTIONS, unsigned
 
 DIGEST = "ab" * 32
 

@@ -8,7 +8,8 @@ from cloudlet.errors import CorruptError
 from cloudlet.overlay.apply import verify_only
 from cloudlet.overlay.reader import OverlayReader
 from cloudlet.overlay.sign import resign
-from overlay.world import Key, Ring, World, page, unsigned
+
+from .world import Key, Ring, World, page, unsigned
 
 ONE, OTHER = Key(1, "publisher"), Key(2, "provider")
 

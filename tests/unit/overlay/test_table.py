@@ -7,7 +7,8 @@ from cloudlet.errors import CorruptError
 from cloudlet.overlay.pages import Space
 from cloudlet.overlay.reader import Chunk, Frame
 from cloudlet.overlay.table import FrameTable, Place
-from overlay.world import World, page, unsigned
+
+from .world import World, page, unsigned
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 =================  ===============================================================================
 machine.py         the machine: which devices, at which addresses, as a command line
 launch.py          a confined process from it, everything handed over as descriptors
+sockets.py         Unix sockets in the instance's folder
 monitor.py         QMP
 agent.py           the guest agent's channel
 network.py         the instance's network process

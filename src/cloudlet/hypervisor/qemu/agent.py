@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cloudlet.errors import FailedError
+from cloudlet.hypervisor.qemu.sockets import connect
 
 _LONGEST_ANSWER = 64 << 20
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.25
@@ -70,17 +71,13 @@ class QemuGuestAgent:
 
     @contextmanager
     def _conversation(self, timeout: float) -> Iterator[_Talk]:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            connection.settimeout(timeout)
-            connection.connect(str(self._path))
-            talk = _Talk(connection, timeout)
-            talk.synchronise()
-            yield talk
+            with connect(self._path, timeout) as connection:
+                talk = _Talk(connection, timeout)
+                talk.synchronise()
+                yield talk
         except (TimeoutError, ConnectionError, FileNotFoundError) as error:
             raise FailedError("the guest agent does not answer") from error
-        finally:
-            connection.close()
 
 
 class _Talk:

@@ -27,9 +27,9 @@ from cloudlet.hypervisor.qemu.machine import (
     command_line,
 )
 from cloudlet.hypervisor.qemu.memory import sealed_ram, writable_ram
-from cloudlet.hypervisor.qemu.monitor import listener
 from cloudlet.hypervisor.qemu.network import BoundPort, bind_ports, start_network
 from cloudlet.hypervisor.qemu.qcow2 import Qcow2Writer
+from cloudlet.hypervisor.qemu.sockets import listen
 from cloudlet.hypervisor.records import (
     ProcessId,
     Record,
@@ -211,16 +211,17 @@ class QemuHypervisor:
         with ExitStack() as always:
             log = _open(always, workspace.path / "network.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             environment = workspace.environment()
-            network = start_network(bound, str(workspace.path), log, environment=environment)
+            own = {} if record.uid is None else {"uid": record.uid, "gid": record.uid}
+            network = start_network(bound, str(workspace.path), log, environment=environment, **own)
             always.callback(network.release)
             record = replace(record, network=ProcessId(network.pid, network.start_time))
             backends = self._backends(plan, workspace, always, network_end=network.qemu_fd)
-            network.wait_ready(time.monotonic() + _NETWORK_SECONDS)
             binary, _ = launch.find_qemu(self._settings.qemu_binary)
             argv = command_line(binary, plan.machine, backends, workspace.id)
             process = launch.start(argv, workspace, backends.descriptors(), record.uid)
             record = replace(record, machine=ProcessId.of(process.pid))
             workspace.write(record)
+            network.wait_ready(time.monotonic() + _NETWORK_SECONDS)
         instance = QemuInstance(workspace.path, record, plan.machine, workspace, process)
         changed.check_access(process.pid)
         return instance
@@ -231,8 +232,8 @@ class QemuHypervisor:
         def read(path: Path | None) -> int | None:
             return None if path is None else _open(always, path, os.O_RDONLY)
 
-        def listen(name: str) -> int:
-            return always.enter_context(listener(workspace.path / f"{name}.sock")).fileno()
+        def channel(name: str) -> int:
+            return always.enter_context(listen(workspace.path / f"{name}.sock")).fileno()
 
         uefi = plan.machine.firmware is Firmware.UEFI
         return Backends(
@@ -242,9 +243,9 @@ class QemuHypervisor:
             disk_format=plan.disk_format,
             backing=read(plan.backing),
             network=network_end,
-            monitor=listen("monitor"),
-            agent=listen("agent"),
-            console=listen("console"),
+            monitor=channel("monitor"),
+            agent=channel("agent"),
+            console=channel("console"),
             console_log=_open(always, workspace.path / "console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND),
             kernel=read(plan.kernel),
             initrd=read(plan.initrd),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from cloudlet.hypervisor.qemu import changed, launch, ramblocks, sections, strea
 from cloudlet.hypervisor.qemu.agent import QemuGuestAgent
 from cloudlet.hypervisor.qemu.monitor import Monitor
 from cloudlet.hypervisor.qemu.qcow2 import changed_ranges
+from cloudlet.hypervisor.qemu.sockets import connect
 from cloudlet.hypervisor.records import ProcessId, Record, Workspace, cpu_seconds_of
 from cloudlet.model import PAGE_BYTES, Endpoint, Machine
 from cloudlet.overlay.pages import PageSource
@@ -66,10 +68,6 @@ class QemuInstance:
         return self.directory / "console.log"
 
     @property
-    def console_socket(self) -> Path:
-        return self.directory / "console.sock"
-
-    @property
     def agent(self) -> QemuGuestAgent:
         return QemuGuestAgent(self.directory / "agent.sock")
 
@@ -91,6 +89,9 @@ class QemuInstance:
 
     def resume(self) -> None:
         self.monitor.execute("cont")
+
+    def open_console(self) -> socket.socket:
+        return connect(self.directory / "console.sock", timeout=10.0)
 
     def cpu_seconds(self) -> float:
         return cpu_seconds_of(self._machine_process().pid)

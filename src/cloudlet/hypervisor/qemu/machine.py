@@ -33,6 +33,7 @@ TCG_CPU_MODEL = "Nehalem"
 """The least CPU that today's binary wheels and distributions ask for (x86-64-v2), and one TCG has whole."""
 
 RAM_BLOCK = "pc.ram"
+PUBLIC_MAC, PRIVATE_MAC = "52:54:00:c1:0d:01", "52:54:00:c1:0d:02"
 UEFI_CODE = ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_CODE.fd")
 UEFI_VARS = ("/usr/share/OVMF/OVMF_VARS_4M.fd", "/usr/share/OVMF/OVMF_VARS.fd")
 
@@ -148,9 +149,9 @@ def _disk(backends: Backends) -> Iterator[str]:
 def _cards(backends: Backends) -> Iterator[str]:
     card = "virtio-net-pci,romfile=,bus=pcie.0,mq=off," + _NO_OFFLOADS
     yield from ("-netdev", f"stream,id=net0,server=off,addr.type=fd,addr.str={backends.network}")
-    yield from ("-device", f"{card},id=public0,netdev=net0,addr=0x5,mac=52:54:00:c1:0d:01")
+    yield from ("-device", f"{card},id=public0,netdev=net0,addr=0x5,mac={PUBLIC_MAC}")
     yield from ("-netdev", "hubport,id=net1,hubid=1")
-    yield from ("-device", f"{card},id=private0,netdev=net1,addr=0x6,mac=52:54:00:c1:0d:02")
+    yield from ("-device", f"{card},id=private0,netdev=net1,addr=0x6,mac={PRIVATE_MAC}")
 
 
 def _channels(backends: Backends) -> Iterator[str]:

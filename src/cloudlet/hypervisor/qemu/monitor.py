@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -19,6 +18,7 @@ from qemu.qmp import QMPClient, QMPError
 from qemu.qmp.qmp_client import ExecuteError
 
 from cloudlet.errors import FailedError
+from cloudlet.hypervisor.qemu.sockets import reachable
 
 _T = TypeVar("_T")
 _DEADLINE = 20.0
@@ -34,7 +34,8 @@ class Monitor:
         self._thread.start()
         self._client = QMPClient("cloudlet")
         try:
-            self._wait(self._client.connect(str(path)), timeout, "connect")
+            with reachable(path) as short:
+                self._wait(self._client.connect(short), timeout, "connect")
         except BaseException:
             self._stop_loop()
             raise
@@ -100,13 +101,3 @@ class Monitor:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5.0)
         self._loop.close()
-
-
-def listener(path: Path) -> socket.socket:
-    """A listening Unix socket for QEMU to inherit: one can connect to it before QEMU runs."""
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # A socket's path may have 107 bytes only: bind by way of the folder's descriptor where it is longer.
-    listening.bind(str(path))
-    path.chmod(0o600)
-    listening.listen(4)
-    return listening

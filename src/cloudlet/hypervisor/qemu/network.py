@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -22,10 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cloudlet.errors import CloudletError, ConflictError, FailedError, RefusedError
+from cloudlet.hypervisor.qemu.machine import PUBLIC_MAC
 from cloudlet.model import Endpoint, PublishedPort
-
-PUBLIC_MAC = "52:54:00:c1:0d:01"
-"""The hardware address of a guest's public card (``machine.py`` gives it)."""
 
 MAX_CONNECTIONS = 256
 """Connections of an instance that are relayed at a time; further ones are closed at once."""
@@ -165,8 +164,10 @@ class NetworkProcess:
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
-        if self._child is not None:
-            self._child.returncode = self._child.poll() or 0  # it is meant to outlive this object
+        if self._child is not None and self._child.poll() is None:
+            # It may outlive this object, and where it does not, somebody has to fetch its status.
+            name = f"network-{self.pid}"
+            threading.Thread(target=self._child.wait, name=name, daemon=True).start()
             self._child = None
 
     def _close_ready(self) -> None:
@@ -224,7 +225,7 @@ def start_network(
 
 
 def start_time_of(pid: int) -> int | None:
-    """Return when the process started, in clock ticks since boot (field 22 of its stat), or None."""
+    """Return when a process started, in clock ticks since boot (field 22 of its stat), or None."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
@@ -236,7 +237,8 @@ def _listen(port: PublishedPort) -> socket.socket:
     where = f"{port.host}:{port.host_port}"
     family = socket.AF_INET6 if ":" in port.host else socket.AF_INET
     try:
-        listener = socket.create_server((port.host, port.host_port), family=family, backlog=_BACKLOG)
+        address = (port.host, port.host_port)
+        listener = socket.create_server(address, family=family, backlog=_BACKLOG)
     except OSError as error:
         match error.errno:
             case errno.EADDRINUSE:

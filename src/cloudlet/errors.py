@@ -7,6 +7,7 @@ line; every other exception is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
 
 
@@ -28,11 +29,13 @@ class CloudletError(Exception):
     """An error with a message for the user and, where there is one, a hint what to do about it."""
 
     exit_code = ExitCode.FAILED
+    usual_hint = ""
+    """What to do where who raises knows nothing better."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
@@ -76,6 +79,7 @@ class IntegrityError(CloudletError):
     """Bytes are not what they claim to be. Nothing of them has been used."""
 
     exit_code = ExitCode.INTEGRITY
+    usual_hint = "get it again from where it was made"
 
 
 class TruncatedError(IntegrityError):
@@ -93,6 +97,8 @@ class LimitError(IntegrityError):
 class VersionError(IntegrityError):
     """The format is of a later version than this program reads."""
 
+    usual_hint = "use a newer Cloudlet, or ask for it in this version"
+
 
 class SignatureError(IntegrityError):
     """Not signed, signed by a key that is not trusted here, or the signature does not match."""
@@ -100,3 +106,34 @@ class SignatureError(IntegrityError):
 
 class MismatchError(IntegrityError):
     """Well formed, but made for another base, machine, CPU model or accelerator."""
+
+    usual_hint = "ask the publisher for one that is made for this base"
+
+
+_MEANINGS: dict[int | None, tuple[type[CloudletError], str]] = {
+    errno.ENOSPC: (CapacityError, "free space there, or set --state-dir or --cache-dir"),
+    errno.EDQUOT: (CapacityError, "free space there, or set --state-dir or --cache-dir"),
+    errno.EFBIG: (CapacityError, "raise the limit for the size of files"),
+    errno.EMFILE: (CapacityError, "raise the limit: ulimit -n"),
+    errno.ENFILE: (CapacityError, "raise the limit: sysctl fs.file-max"),
+    errno.EAGAIN: (CapacityError, "raise the limit of processes: ulimit -u"),
+    errno.ENOMEM: (CapacityError, "free memory"),
+    errno.EACCES: (RefusedError, "give this user the right, or name another place"),
+    errno.EPERM: (RefusedError, "give this user the right, or name another place"),
+    errno.EROFS: (RefusedError, "name another place"),
+    errno.ENOENT: (NotFoundError, ""),
+    errno.ENOTDIR: (NotFoundError, ""),
+    errno.EISDIR: (UsageError, "name a file"),
+    errno.ENAMETOOLONG: (UsageError, ""),
+    errno.EEXIST: (ConflictError, "remove it, or name another place"),
+}
+
+
+def of_the_system(error: OSError | MemoryError) -> CloudletError:
+    """What the kernel refused, as an error for the user; for where nobody knew more of it."""
+    if isinstance(error, MemoryError):
+        return CapacityError("there is not enough memory", hint="free memory")
+    kind, hint = _MEANINGS.get(error.errno, (FailedError, ""))
+    said = error.strerror or str(error) or type(error).__name__
+    where = f"{error.filename}: " if error.filename else ""
+    return kind(f"{where}{said[0].lower()}{said[1:]}", hint=hint)

@@ -20,12 +20,12 @@ Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
 
-def data_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
-    """Where a file has data, as (offset, length) in bytes."""
-    position = 0
-    while (start := _next_data(descriptor, position)) is not None:
-        position = os.lseek(descriptor, start, os.SEEK_HOLE)
-        yield start, position - start
+def data_ranges(descriptor: int, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+    """Where a file has data, as (offset, length) in bytes; between ``start`` and ``end``, if given."""
+    position = start
+    while (found := _next_data(descriptor, position)) is not None and (end is None or found < end):
+        position = os.lseek(descriptor, found, os.SEEK_HOLE)
+        yield found, (position if end is None else min(position, end)) - found
 
 
 def copy_data(source: int, target: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from cliff.lister import Lister
 from cliff.show import ShowOne
 
-from cloudlet.cli.app import CloudletCommand
+from cloudlet.cli.command import CloudletCommand
 from cloudlet.cli.progress import progress_bar
 from cloudlet.control import bases
 from cloudlet.errors import UsageError

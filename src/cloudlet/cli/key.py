@@ -9,7 +9,7 @@ from typing import Any
 
 from cliff.lister import Lister
 
-from cloudlet.cli.app import CloudletCommand
+from cloudlet.cli.command import CloudletCommand
 from cloudlet.store.keyring import DEFAULT, KeyRing
 
 

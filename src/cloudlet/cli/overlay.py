@@ -13,7 +13,7 @@ from typing import Any
 
 from cliff.show import ShowOne
 
-from cloudlet.cli.app import CloudletCommand
+from cloudlet.cli.command import CloudletCommand
 from cloudlet.cli.console import attach
 from cloudlet.cli.progress import progress_bar
 from cloudlet.control import publishing, recipe
@@ -275,16 +275,17 @@ def _report(published: Published, base_bytes: int) -> Columns:
     if report.plain_delta_bytes:
         values["plain_delta_bytes"] = report.plain_delta_bytes
         values["ratio_to_plain_delta"] = round(report.file_bytes / report.plain_delta_bytes, 3)
-    for space in Space:
-        counts = {operation.name.lower(): number for operation, number in sorted(report.pages[space].items())}
-        values["ram_pages" if space is Space.RAM else "disk_blocks"] = counts
-    values["bytes_by_kind"] = {
-        "pages": report.frame_bytes,
-        "map": report.map_bytes,
-        "devices": report.device_bytes,
-        "index": report.index_bytes,
-        "head": report.head_bytes,
+    for space, noun in ((Space.RAM, "ram_pages"), (Space.DISK, "disk_blocks")):
+        for operation, number in sorted(report.pages[space].items()):
+            values[f"{noun}_{operation.name.lower()}"] = number
+    values |= {
+        "bytes_pages": report.frame_bytes,
+        "bytes_map": report.map_bytes,
+        "bytes_devices": report.device_bytes,
+        "bytes_index": report.index_bytes,
+        "bytes_head": report.head_bytes,
+        "seconds_paused": round(published.pause_seconds, 3),
     }
-    values["pause_seconds"] = round(published.pause_seconds, 3)
-    values["seconds"] = published.seconds
+    for step, seconds in published.seconds.items():
+        values["seconds_" + step.replace(" ", "_").replace("/", "_of_")] = seconds
     return tuple(values), tuple(values.values())

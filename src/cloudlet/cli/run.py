@@ -12,7 +12,7 @@ from typing import Any
 
 from cliff.lister import Lister
 
-from cloudlet.cli.app import CloudletCommand
+from cloudlet.cli.command import CloudletCommand
 from cloudlet.cli.progress import progress_bar
 from cloudlet.control.source import open_source
 from cloudlet.control.synthesis import Synthesised, synthesise

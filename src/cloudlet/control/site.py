@@ -10,6 +10,7 @@ from typing import Self
 
 from cloudlet.hypervisor.driver import Hypervisor
 from cloudlet.hypervisor.qemu.driver import QemuHypervisor
+from cloudlet.hypervisor.records import abandon
 from cloudlet.settings import Settings
 from cloudlet.store.bases import BaseStore
 from cloudlet.store.keyring import KeyRing
@@ -33,3 +34,9 @@ class Site:
         site.hypervisor.reap()
         site.bases.reap()
         return site
+
+    @staticmethod
+    def abandon(settings: Settings) -> None:
+        """Remove what this process has begun and not finished, at its end after an interrupt."""
+        for folder in (settings.instances_dir, settings.bases_dir):
+            abandon(folder)

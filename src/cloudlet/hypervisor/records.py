@@ -9,6 +9,7 @@ that, and only that. Records name processes by pid *and* start time: a reused pi
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -156,16 +157,37 @@ def records(parent: Path) -> list[tuple[Path, Record]]:
 
 
 def reap(parent: Path) -> list[str]:
-    """Remove the workspaces below ``parent`` whose owners are dead, and their processes. Their names."""
+    """Remove the workspaces below ``parent`` whose owners are dead, and their processes. Their names.
+
+    Where this user may not write, they are somebody else's to remove.
+    """
     if not parent.exists():
         return []
     removed = []
-    with folder_lock(parent):
+    with contextlib.suppress(RefusedError), folder_lock(parent):
         for path in _workspaces(parent):
             if _owner_is_dead(path):
                 _empty(path)
                 removed.append(path.name)
+        # Killed before it had its lock, or after the lock was removed.
+        for path in parent.iterdir():
+            with contextlib.suppress(OSError):
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
     return removed
+
+
+def abandon(parent: Path) -> None:
+    """Remove the workspaces below ``parent`` that this very process still holds; it is about to end."""
+    real = parent.resolve()
+    held = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            file = entry.readlink()
+            if file.name == _LOCK and file.parent.parent == real:
+                held.add(file.parent.name)
+    for name in held:
+        _empty(parent / name)
 
 
 @contextlib.contextmanager
@@ -175,6 +197,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
         raise RefusedError(
             f"cannot write to {folder}: {error.strerror}",
             hint="make it writable, or name another with --state-dir or --cache-dir",
@@ -225,11 +249,12 @@ def _workspaces(parent: Path) -> list[Path]:
 
 def _owner_is_dead(path: Path) -> bool:
     try:
-        descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(path / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Shared, so that two who look at the same time do not take each other for the owner.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     else:
@@ -240,7 +265,8 @@ def _owner_is_dead(path: Path) -> bool:
 
 def _lock_file(path: Path) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # Nobody else holds it for longer than a look.
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from cloudlet.errors import ConflictError, CorruptError, NotFoundError
+from cloudlet.errors import ConflictError, CorruptError, NotFoundError, RefusedError, UsageError
 from cloudlet.hypervisor.driver import BaseImage
 from cloudlet.hypervisor.records import Workspace, folder_lock, reap
 from cloudlet.model import PAGE_BYTES, Machine, Readiness
@@ -36,6 +36,8 @@ KERNEL, INITRD, UEFI_VARS = "kernel", "initrd", "uefi-vars.fd"
 FILES = (DISK, RAM, DEVICE_STATE, KERNEL, INITRD, UEFI_VARS)
 _INDEX = "page-index"
 _DOCUMENT = "base.json"
+_NEW = ".new-"
+"""How the name of a folder begins that somebody works in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ class Description:
                 guest=Guest(**data["guest"]),
                 files={name: (int(size), str(digest)) for name, (size, digest) in data["files"].items()},
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
             raise CorruptError(f"the base's description is damaged: {error!r}") from error
 
     @property
@@ -155,10 +157,11 @@ class Base:
         if not path.exists():
             with self.pages() as pages:
                 index = PageIndex.build(pages, _data_runs(pages.disk_fd), progress=progress)
-            temporary = path.with_suffix(f".{os.getpid()}.new")
-            with temporary.open("wb") as file:
-                index.save(file)
-            temporary.replace(path)
+            with Workspace.create(self.path.parent, prefix=_NEW) as workspace:
+                temporary = workspace.path / _INDEX
+                with temporary.open("wb") as file:
+                    index.save(file)
+                temporary.replace(path)
         descriptor = _open(path)
         try:
             return PageIndex.load(descriptor, self.id)
@@ -206,7 +209,7 @@ class BaseStore:
 
     def workspace(self) -> Workspace:
         """A folder to make a base in; when it is left it is gone, with all that runs for it."""
-        return Workspace.create(self.folder, prefix=".new-")
+        return Workspace.create(self.folder, prefix=_NEW)
 
     def describe(
         self,
@@ -247,7 +250,7 @@ class BaseStore:
                 staged.rename(target)
             elif (base := self._read(target)) and base.name != name:
                 document = {"name": name, "created": created, "description": description.to_json()}
-                temporary = target / f"{_DOCUMENT}.new"
+                temporary = folder / _DOCUMENT
                 temporary.write_text(json.dumps(document, indent=1))
                 temporary.replace(target / _DOCUMENT)
         adopted = self._read(target)
@@ -265,9 +268,10 @@ class BaseStore:
             )
         # Renamed first: a base that is half removed must not look like one.
         doomed = self.folder / f".deleted-{base.id[:16]}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        base.path.rename(doomed)
-        shutil.rmtree(doomed)
+        with folder_lock(self.folder):
+            shutil.rmtree(doomed, ignore_errors=True)
+            base.path.rename(doomed)
+            shutil.rmtree(doomed)
 
     def verify(self, base: Base, progress: Progress | None = None) -> None:
         """Read all of a base and compare it with its description.
@@ -288,19 +292,24 @@ class BaseStore:
         """Remove what killed builds and imports left."""
         if not self.folder.exists():
             return []
-        for left in self.folder.glob(".deleted-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        return reap(self.folder)
+        removed = reap(self.folder)
+        if doomed := list(self.folder.glob(".deleted-*")):
+            with suppress(RefusedError), folder_lock(self.folder):
+                for left in doomed:
+                    shutil.rmtree(left, ignore_errors=True)
+        return removed
 
     def _read(self, path: Path) -> Base | None:
         try:
             document = json.loads((path / _DOCUMENT).read_text())
             description = Description.from_json(document["description"])
-            return Base(path, document["name"], document["created"], description)
+            return Base(path, str(document["name"]), str(document["created"]), description)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptError(f"{path / _DOCUMENT} is damaged", hint=f"remove {path}") from error
+        except (ValueError, KeyError, TypeError, CorruptError) as error:
+            raise CorruptError(
+                f"{path / _DOCUMENT} is damaged", hint=f"remove {path}, and import or build the base again"
+            ) from error
 
 
 def _data_runs(descriptor: int) -> Runs:

@@ -1,7 +1,7 @@
 """One file for a base, to carry it to another site and know there that it is whole.
 
 Format (``docs/formats/base.md``): magic, length and bytes of the canonical document (name, date,
-description), then for each file in the order of the document its chunks that are not all zeros:
+description), the BLAKE3 digest of all that, then for each file in the order of the document its chunks that are not all zeros:
 ``u64 number, u32 size, that many bytes of Zstandard``, ended by the number 2^64-1. The description pins
 every file by its digest, and its own digest is the base's identity.
 """
@@ -14,6 +14,8 @@ import struct
 import sys
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from blake3 import blake3
 
 from cloudlet.errors import CapacityError, CorruptError, LimitError, NotFoundError, TruncatedError
 from cloudlet.overlay import canonical
@@ -29,6 +31,7 @@ MAGIC = b"\x89CLB\r\n\x1a\n"
 _LENGTH = struct.Struct("<I")
 _CHUNK = struct.Struct("<QI")
 _END = (1 << 64) - 1
+_DIGEST_BYTES = 32
 _LONGEST_DOCUMENT = 1 << 20
 _LONGEST_CHUNK = CHUNK_BYTES + (64 << 10)
 _LARGEST_FILE = 1 << 44
@@ -43,7 +46,8 @@ def export_base(base: Base, output: Path, progress: Progress | None = None) -> i
     done = 0
     try:
         with temporary.open("wb") as out:
-            out.write(MAGIC + _LENGTH.pack(len(head)) + head)
+            start = MAGIC + _LENGTH.pack(len(head)) + head
+            out.write(start + blake3(start).digest())
             for name in _in_order(base.description):
                 with (base.path / name).open("rb") as file:
                     for number, chunk in chunks(file.fileno()):
@@ -107,7 +111,10 @@ def _read_document(file: BinaryIO) -> dict[str, Any]:
     (length,) = _LENGTH.unpack(_exactly(file, _LENGTH.size))
     if length > _LONGEST_DOCUMENT:
         raise LimitError(f"the base's document has {length} bytes, {_LONGEST_DOCUMENT} are allowed")
-    document = canonical.decode(_exactly(file, length), "the base's document")
+    head = _exactly(file, length)
+    if _exactly(file, _DIGEST_BYTES) != blake3(MAGIC + _LENGTH.pack(length) + head).digest():
+        raise CorruptError("the base's document was changed")
+    document = canonical.decode(head, "the base's document")
     if not isinstance(document, dict) or set(document) != {"name", "created", "description"}:
         raise CorruptError("the base's document has other members than a base's")
     if not isinstance(document["name"], str) or not isinstance(document["created"], str):

@@ -66,6 +66,8 @@ class KeyRing:
         :raises ConflictError: there is one of this name.
         """
         _check_name(name)
+        if (self._trusted / f"{name}.pub").exists():
+            raise ConflictError(f"there is a key {name!r} already", hint="cloudlet key list")
         private = Ed25519PrivateKey.generate()
         pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         _write_new(self._signing / f"{name}.pem", pem, 0o600)
@@ -84,6 +86,7 @@ class KeyRing:
 
     def distrust(self, name: str) -> None:
         """No longer accept overlays signed by this key."""
+        _check_name(name)
         try:
             (self._trusted / f"{name}.pub").unlink()
         except FileNotFoundError as error:
@@ -91,6 +94,7 @@ class KeyRing:
 
     def public_pem(self, name: str) -> bytes:
         """The public half of a key of this ring, to be carried to other sites."""
+        _check_name(name)
         if (self._trusted / f"{name}.pub").exists():
             return (self._trusted / f"{name}.pub").read_bytes()
         private = self._load_private(name)
@@ -113,6 +117,7 @@ class KeyRing:
 
         :raises NotFoundError: there is none of this name.
         """
+        _check_name(name)
         private = self._load_private(name)
         return Signer(name, key_id(private.public_key()), private)
 
@@ -186,5 +191,9 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     except FileExistsError as error:
         raise ConflictError(f"there is a key {path.stem!r} already", hint="cloudlet key list") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+    except BaseException:
+        path.unlink()
+        raise

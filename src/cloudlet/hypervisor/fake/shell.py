@@ -24,6 +24,9 @@ _PART = re.compile(
     |\$\((?P<command>[^)]*)\)|\$(?P<name>\w+|[?#])|(?P<plain>.)""",
     re.VERBOSE | re.DOTALL,
 )
+_QUOTED_PART = re.compile(
+    r"""\\(?P<escaped>[$`"\\\n])|\$\((?P<command>[^)]*)\)|\$(?P<name>\w+|[?#])|(?P<plain>.)""", re.DOTALL
+)
 _ASSIGNMENT = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.DOTALL)
 _SEPARATORS = ("\n", ";")
 
@@ -189,12 +192,12 @@ class Shell:
                 return 0
         return self._execute(argv, streams)
 
-    def _expand(self, raw: str) -> str:
+    def _expand(self, raw: str, parts: re.Pattern[str] = _PART) -> str:
         text = []
-        for part in _PART.finditer(raw):
+        for part in parts.finditer(raw):
             match part.lastgroup:
                 case "double":
-                    text.append(self._expand(re.sub(r"\\([$`\"\\])|(['\\])", _quoted, part["double"])))
+                    text.append(self._expand(part["double"], _QUOTED_PART))
                 case "command":
                     streams = Streams()
                     self._list(_Parser(part["command"]).whole(), streams)
@@ -307,13 +310,6 @@ class _Parser:
         if self._text() != word:
             raise SyntaxProblem(f"{word!r} is missing before {self._text()!r}")
         self._at += 1
-
-
-def _quoted(match: re.Match[str]) -> str:
-    """Within double quotes a backslash escapes only $ ` " and itself, and single quotes are plain."""
-    if match[1]:
-        return f"\\{match[1]}"
-    return f"\\{match[2]}"
 
 
 def _content(disk: Disk, path: str, wanted: bool) -> bytes:

@@ -205,7 +205,10 @@ class QemuHypervisor:
                 uid=self._free_uid() if launch.runs_as_root() else None,
                 endpoints=tuple(port.endpoint for port in bound),
                 ram_descriptor=plan.ram,
-                detail={"machine": plan.machine.to_json()},
+                detail={
+                    "machine": plan.machine.to_json(),
+                    "backing": str(plan.backing) if plan.backing else "",
+                },
             )
             workspace.write(record)
         with ExitStack() as always:

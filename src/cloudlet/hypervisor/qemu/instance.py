@@ -11,6 +11,7 @@ import select
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from cloudlet.hypervisor.qemu.sockets import connect
 from cloudlet.hypervisor.records import ProcessId, Record, Workspace, cpu_seconds_of
 from cloudlet.model import PAGE_BYTES, Endpoint, Machine
 from cloudlet.overlay.pages import PageSource
-from cloudlet.sparse import copy_data
+from cloudlet.sparse import copy_data, data_ranges
 
 DISK = "disk.qcow2"
 UEFI_VARS = "uefi-vars.fd"
@@ -228,7 +229,7 @@ class QemuInstance:
         disk = os.open(self.directory / DISK, os.O_RDONLY | os.O_CLOEXEC)
         try:
             end = 0
-            for start, length, offset in changed_ranges(self.directory / DISK):
+            for start, length, offset in self._changed_ranges():
                 numbers.append(np.arange(start // PAGE_BYTES, (start + length) // PAGE_BYTES))
                 if offset is not None:
                     _copy_range(disk, offset, spool, end, length)
@@ -238,6 +239,26 @@ class QemuInstance:
             os.close(disk)
             os.close(spool)
         return np.concatenate(numbers).astype(np.uint32) if numbers else np.empty(0, np.uint32)
+
+    def _changed_ranges(self) -> Iterator[tuple[int, int, int | None]]:
+        """The changed parts of the disk, as :func:`changed_ranges` gives them, less what is zeros in the base.
+
+        A guest that trims its disk gives back all that is free, which is zeros in the base for the most part.
+        """
+        base = os.open(self.record.detail["backing"], os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for start, length, offset in changed_ranges(self.directory / DISK):
+                if offset is not None:
+                    yield start, length, offset
+                    continue
+                end = 0
+                for held, size in data_ranges(base, start, start + length):
+                    first, after = max(end, held // PAGE_BYTES), -(-(held + size) // PAGE_BYTES)
+                    if after > first:  # a file system may know smaller holes than a block
+                        yield first * PAGE_BYTES, (after - first) * PAGE_BYTES, None
+                    end = after
+        finally:
+            os.close(base)
 
     def _spool(self, name: str) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC

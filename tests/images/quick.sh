@@ -64,7 +64,7 @@ mke2fs -q -t ext4 -L quick -N 8192 -J size=8 -E lazy_itable_init=0,lazy_journal_
 
 # The kernel as the ELF file inside vmlinuz: QEMU starts it by its PVH note, which saves 2.5 s of unpacking under TCG.
 vmlinuz=$(echo "$debian"/boot/vmlinuz-*)
-start=$(LC_ALL=C grep --text --byte-offset --only-matching $'\xfd7zXZ' "$vmlinuz" | head -n 1 | cut -d : -f 1)
+start=$(LC_ALL=C grep --text --byte-offset --only-matching $'\xfd7zXZ' "$vmlinuz" | awk -F : 'NR == 1 {print $1}')
 tail --bytes=+$((start + 1)) "$vmlinuz" | xz --decompress --single-stream --stdout 2> /dev/null > "$work/vmlinux" || true
 # What follows the payload stops xz with an error, so look at what came out instead.
 [[ $(head --bytes=4 "$work/vmlinux") == $'\x7fELF' ]]

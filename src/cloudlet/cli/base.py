@@ -76,7 +76,7 @@ class Build(_MakesBase):
     def take_action(self, parsed_args: argparse.Namespace) -> Columns:
         request = self.request(parsed_args, parsed_args.name, Firmware.BIOS)
         site = self.app.site()
-        with progress_bar("pages") as progress:
+        with progress_bar("pages", quiet=self.app.quiet) as progress:
             base = bases.build(site, request, parsed_args.guest, self.app.say, progress)
         return _columns(base)
 
@@ -113,11 +113,11 @@ class Import(_MakesBase):
     def take_action(self, parsed_args: argparse.Namespace) -> Columns:
         name = parsed_args.name or parsed_args.image.name.partition(".")[0]
         site = self.app.site()
-        with progress_bar("reading", in_bytes=True) as progress:
+        with progress_bar("reading", in_bytes=True, quiet=self.app.quiet) as progress:
             if (base := import_base(site.bases, parsed_args.image, parsed_args.name, progress)) is not None:
                 return _columns(base)
         firmware = Firmware.UEFI if parsed_args.uefi else Firmware.BIOS
-        with progress_bar("pages") as progress:
+        with progress_bar("pages", quiet=self.app.quiet) as progress:
             base = bases.import_image(
                 site,
                 self.request(parsed_args, name, firmware),
@@ -171,7 +171,7 @@ class Verify(_OneBase):
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         site = self.app.site()
         base = site.bases.find(parsed_args.base)
-        with progress_bar("reading", in_bytes=True) as progress:
+        with progress_bar("reading", in_bytes=True, quiet=self.app.quiet) as progress:
             site.bases.verify(base, progress)
         self.app.say(f"{base.name} is as it was captured")
 
@@ -188,7 +188,7 @@ class Export(_OneBase):
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         base = self.app.site().bases.find(parsed_args.base)
-        with progress_bar("exporting", in_bytes=True) as progress:
+        with progress_bar("exporting", in_bytes=True, quiet=self.app.quiet) as progress:
             size = export_base(base, parsed_args.output, progress)
         self.app.say(f"{parsed_args.output}: {format_bytes(size)}")
 

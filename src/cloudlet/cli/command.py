@@ -63,7 +63,7 @@ class CloudletApp(App):
     def say(self, text: str) -> None:
         """Tell a person what is being done; ``--quiet`` silences it."""
         if not self.quiet:
-            print(text, file=self.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
 
 class CloudletCommand(Command):

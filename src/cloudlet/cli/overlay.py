@@ -77,7 +77,7 @@ class Create(CloudletCommand, ShowOne):
         site = self.app.site()
         base = site.bases.find(parsed_args.base)
         sign: Sign | None = None if parsed_args.unsigned else site.keys.signer(parsed_args.key)
-        with progress_bar("packing") as progress:
+        with progress_bar("packing", quiet=self.app.quiet) as progress:
             if parsed_args.recipe:
                 builds = site.settings.cache_dir / "recipes" / parsed_args.recipe.absolute().name
                 published = publishing.create_overlay(
@@ -176,7 +176,7 @@ class Verify(_OneOverlay):
         ring = self.app.site().keys
         with (
             open_source(parsed_args.overlay, sys.stdin.buffer) as source,
-            progress_bar("verifying", in_bytes=True) as progress,
+            progress_bar("verifying", in_bytes=True, quiet=self.app.quiet) as progress,
         ):
             reader = OverlayReader(source, ring.verify, allow_unsigned=parsed_args.allow_unsigned)
             verify_only(reader, progress)

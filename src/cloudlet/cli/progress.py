@@ -11,8 +11,8 @@ Report = Callable[[int, int], None]
 
 
 @contextmanager
-def progress_bar(title: str, *, in_bytes: bool = False, quiet: bool = False) -> Iterator[Report]:
-    """A bar that the given function moves; it is gone when the context is left."""
+def progress_bar(title: str, *, in_bytes: bool = False, quiet: bool) -> Iterator[Report]:
+    """A bar that the given function shows and moves; it is gone when the context is left."""
     if quiet or not sys.stderr.isatty():
         yield _nothing
         return
@@ -28,9 +28,17 @@ def progress_bar(title: str, *, in_bytes: bool = False, quiet: bool = False) -> 
 
     amount = DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = progress.add_task(title, total=None)
+
+    def report(done: int, total: int) -> None:
+        progress.start()
+        progress.update(task, completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        progress.stop()
 
 
 def _nothing(_done: int, _total: int) -> None:

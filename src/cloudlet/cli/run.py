@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,8 +18,8 @@ from cloudlet.cli.progress import progress_bar
 from cloudlet.control.source import open_source
 from cloudlet.control.synthesis import Synthesised, synthesise
 from cloudlet.errors import ConflictError, FailedError, NotFoundError, UsageError
-from cloudlet.hypervisor.driver import Instance
-from cloudlet.hypervisor.records import read_record, records
+from cloudlet.hypervisor.driver import Instance, RunState
+from cloudlet.hypervisor.records import processes_of, records
 from cloudlet.model import PublishedPort, parse_rate
 
 
@@ -61,28 +62,32 @@ class Run(CloudletCommand):
         def give_out(instance: Instance) -> None:
             nonlocal given_out
             given_out = True
+            bar.close()
             self._print_endpoints(instance)
 
         with (
             open_source(parsed_args.overlay, sys.stdin.buffer, rate) as source,
-            progress_bar("receiving", in_bytes=True) as progress,
+            ExitStack() as bar,
             synthesise(
                 site,
                 source,
                 ports=ports,
                 allow_unsigned=parsed_args.allow_unsigned,
-                progress=progress,
+                progress=bar.enter_context(progress_bar("receiving", in_bytes=True, quiet=self.app.quiet)),
                 answering=None if as_json else give_out,
             ) as synthesised,
         ):
+            bar.close()
             if as_json:
                 print(json.dumps(_document(synthesised)), flush=True)
             else:
                 if not given_out:
                     self._print_endpoints(synthesised.instance)
                 self._tell(synthesised)
-            synthesised.instance.wait()
-            raise FailedError("the machine ended by itself")
+            instance = synthesised.instance
+            instance.wait()
+            what = "machine" if instance.state() is RunState.GONE else "machine's network"
+            raise FailedError(f"the {what} ended by itself", hint="run it again")
 
     def _print_endpoints(self, instance: Instance) -> None:
         for endpoint in instance.endpoints:
@@ -132,12 +137,16 @@ class Stop(CloudletCommand):
                 raise ConflictError(f"{len(matching)} machines are called {wanted}", hint=f"name one: {ids}")
             if not matching:
                 raise NotFoundError(f"no machine {wanted!r} runs here", hint="cloudlet ps")
-            record = read_record(matching[0])
-            if record and record.machine:
-                record.machine.kill()
             # Its owner sees it end and removes what is left.
             deadline = time.monotonic() + 10.0
-            while matching[0].exists() and time.monotonic() < deadline:
+            while matching[0].exists():
+                for process in processes_of(matching[0]):
+                    process.kill()
+                if time.monotonic() > deadline:
+                    raise FailedError(
+                        f"{wanted} is ended, but who started it does not remove it",
+                        hint="end that command, then: cloudlet ps",
+                    )
                 time.sleep(0.02)
             self.app.say(f"{wanted} is ended")
 
@@ -147,7 +156,7 @@ def _published(text: str) -> PublishedPort:
     host, _, outside = address.rpartition(":")
     if not (ports.isdecimal() and outside.isdecimal() and 0 < int(ports) < 65536 and int(outside) < 65536):
         raise UsageError(f"--port {text}: write HOST:GUEST or ADDRESS:HOST:GUEST", hint="such as 8000:8080")
-    return PublishedPort(int(ports), host or "127.0.0.1", int(outside))
+    return PublishedPort(int(ports), host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(outside))
 
 
 def _document(synthesised: Synthesised) -> dict[str, Any]:

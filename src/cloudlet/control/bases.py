@@ -100,7 +100,7 @@ def import_image(
     with site.bases.workspace() as workspace:
         path = workspace.path
         say(f"converting {image}")
-        disk_bytes = _convert(image, path / store.DISK, request.disk_bytes)
+        disk_bytes = _convert(image, path / store.DISK, request.disk_bytes, workspace)
         machine = site.hypervisor.machine(
             memory_bytes=request.memory_bytes,
             disk_bytes=disk_bytes,
@@ -109,7 +109,7 @@ def import_image(
         )
         if cloud_init:
             seed = path / "seed.iso"
-            _write_seed(seed)
+            _write_seed(seed, workspace)
         boot = Boot(
             machine=machine,
             disk=path / store.DISK,
@@ -234,14 +234,14 @@ def _run_recipe(folder: Path, workspace: Workspace, machine: Machine, say: Say) 
         raise FailedError(f"the recipe {folder.name} failed: {last}")
 
 
-def _convert(image: Path, disk: Path, wanted: int) -> int:
+def _convert(image: Path, disk: Path, wanted: int, workspace: Workspace) -> int:
     """Convert an image to a sparse raw disk; its size in bytes, a multiple of 1 MiB."""
     program = shutil.which("qemu-img")
     if not program:
         raise NotFoundError("qemu-img is not installed", hint="apt-get install qemu-utils")
     if not image.is_file():
         raise NotFoundError(f"{image} is not there")
-    info = json.loads(_tool([program, "info", "--output=json", str(image)]))
+    info = json.loads(_tool([program, "info", "--output=json", str(image)], workspace))
     if info.get("backing-filename"):
         raise UsageError(
             f"{image} needs another file ({info['backing-filename']})", hint="qemu-img rebase it"
@@ -250,14 +250,23 @@ def _convert(image: Path, disk: Path, wanted: int) -> int:
     size = max(wanted, -(-virtual_size // MEBIBYTE) * MEBIBYTE)
     if wanted and wanted < virtual_size:
         raise UsageError(f"the image is larger ({info['virtual-size']} bytes) than the disk asked for")
-    _tool([program, "convert", "-f", info["format"], "-O", "raw", "-S", "4k", str(image), str(disk)])
+    forms = ["-f", info["format"], "-O", "raw", "-S", "4k"]
+    _tool([program, "convert", *forms, str(image), str(disk)], workspace)
     with disk.open("r+b") as file:
         file.truncate(size)
     return size
 
 
-def _tool(command: list[str]) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def _tool(command: list[str], workspace: Workspace) -> str:
+    """What a program prints; it carries the workspace's mark, so that it ends with it."""
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **workspace.environment()},
+        start_new_session=True,
+    )
     if result.returncode:
         said = (result.stderr or result.stdout).strip().splitlines()
         last = said[-1] if said else f"status {result.returncode}"
@@ -278,9 +287,9 @@ def _uefi_vars(folder: Path) -> Path:
     raise NotFoundError("the UEFI firmware is not installed", hint="apt-get install ovmf")
 
 
-def _write_seed(seed: Path) -> None:
+def _write_seed(seed: Path, workspace: Workspace) -> None:
     source = _GUESTS / "cloud-init"
-    write_iso(seed, {f"/{path.name}": path for path in source.iterdir()}, "cidata")
+    write_iso(seed, {f"/{path.name}": path for path in source.iterdir()}, "cidata", workspace.environment())
 
 
 def _finish_cloud_init(instance: Instance, guest: Guest) -> None:

@@ -6,8 +6,10 @@ captured is what the recipe's readiness rule says is a running app: warm, in mem
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
+import signal
 import subprocess
 import tempfile
 import time
@@ -22,8 +24,9 @@ from cloudlet.control.readiness import guest_port, wait_ready
 from cloudlet.control.recipe import BUILD_PREFIX, Recipe, read_recipe
 from cloudlet.control.site import Site
 from cloudlet.control.synthesis import Progress, resume_base
-from cloudlet.errors import FailedError, NotFoundError, RefusedError, UsageError
+from cloudlet.errors import CapacityError, FailedError, NotFoundError, RefusedError, UsageError
 from cloudlet.hypervisor.driver import Capture, GuestAgent, Instance
+from cloudlet.hypervisor.records import MARKER
 from cloudlet.model import PublishedPort
 from cloudlet.overlay.create import CreateReport, Description, create
 from cloudlet.overlay.root import App
@@ -113,6 +116,7 @@ def create_interactively(
     progress: Progress | None = None,
 ) -> Published:
     """Make an overlay of whatever was done to a private instance until ``until`` returns."""
+    check_output(output)
     steps = _Steps(say)
     with ExitStack() as stack:
         with steps("start"):
@@ -135,23 +139,38 @@ def prepare(recipe: Recipe, folder: Path, build_folder: Path) -> None:
     build_folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "CLOUDLET_RECIPE_BUILD": str(build_folder)}
     for command in recipe.prepare:
-        result = subprocess.run(
-            ["/bin/sh", "-ec", command],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if result.returncode:
-            tail = (result.stderr or result.stdout).strip()[-500:]
-            raise FailedError(f"prepare: {command!r} gave {result.returncode}: {tail}")
+        status, said = _on_this_machine(command, folder, environment)
+        if status:
+            raise FailedError(f"prepare: {command!r} gave {status}: {said.strip()[-500:]}")
+
+
+def _on_this_machine(command: str, folder: Path, environment: dict[str, str]) -> tuple[int, str]:
+    """Run a shell command; when it is interrupted, all that it started ends too."""
+    with subprocess.Popen(
+        ["/bin/sh", "-ec", command],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            said, _ = process.communicate()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, said
 
 
 def check_output(output: Path) -> None:
     """Whether an overlay can be written to ``output``; said before an hour's work rather than after."""
     if not output.parent.is_dir():
         raise NotFoundError(f"the folder {output.parent} is not there")
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder", hint="name a file")
     if not os.access(output.parent, os.W_OK):
         raise RefusedError(f"{output.parent} may not be written to")
 
@@ -206,6 +225,7 @@ def _pack(
         device_state=capture.device_state,
     )
     temporary = output.with_name(f".{output.name}.{os.getpid()}.new")
+    index = base.index()
     try:
         with (
             base.pages() as pages,
@@ -213,12 +233,16 @@ def _pack(
             tempfile.TemporaryFile(dir=output.parent) as spool,
         ):
             report = create(
-                out, spool, description, capture.ram, capture.disk, pages, base.index(),
+                out, spool, description, capture.ram, capture.disk, pages, index,
                 sign=sign, plain_delta=plain_delta, progress=progress,
             )  # fmt: skip
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(output)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CapacityError(f"no room for {output}", hint="free space, or write elsewhere") from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return report
@@ -238,7 +262,7 @@ def _copy_files(
         tree[f"/{number}" if source.is_dir() else f"/{number}/{source.name}"] = source
         copies += _copy_commands(f"{_MOUNT}/{number}", entry.target, None if source.is_dir() else source.name)
     medium = instance.directory / "files.iso"
-    write_iso(medium, tree, "cloudlet")
+    write_iso(medium, tree, "cloudlet", {MARKER: str(instance.directory)})
     instance.insert_optical(medium)
     _run(agent, "\n".join([*_MOUNT_COMMANDS, *copies, f"umount {_MOUNT}", f"rmdir {_MOUNT}"]))
     instance.eject_optical()

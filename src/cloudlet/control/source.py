@@ -1,7 +1,8 @@
 """Where an overlay's bytes come from: a file, standard input, or a web server, at a limited rate or not.
 
 A cut download goes on by range where it stopped, as often as it makes progress. A thread reads ahead
-into a bounded queue, so that receiving overlaps with what is done with the bytes.
+into a bounded queue, so that receiving overlaps with what is done with the bytes. Nothing here fills a
+buffer before it hands out what has come: a slow pipe's first bytes are of use at once.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse, InvalidURL
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Protocol
-from urllib.parse import urlsplit
 
 from cloudlet.errors import FailedError, NotFoundError, RefusedError, TruncatedError, UsageError
 
@@ -39,25 +40,31 @@ def open_source(where: str, standard_input: BinaryIO, rate: float | None = None)
 
     :param rate: bytes per second at most.
     """
-    if urlsplit(where).scheme in ("http", "https"):
-        raw: Bytes = _Download(where)
+    close: Callable[[], None] = _nothing
+    if where.partition("://")[0].lower() in ("http", "https"):
+        download = _Download(where)
+        raw: Bytes = download
+        close = download.close
     elif where == "-":
-        raw = standard_input
+        # Not the buffer: a thread that waits in it when the program ends would hold its lock.
+        raw = getattr(standard_input, "raw", standard_input)
     else:
-        raw = _open_file(Path(where))
-    limited = _Limited(raw, rate) if rate else raw
-    ahead = _Ahead(limited)
+        file = _open_file(Path(where))
+        raw, close = file, file.close
+    ahead = _Ahead(_Limited(raw, rate) if rate else raw, close)
     try:
         yield ahead
     finally:
         ahead.close()
-        if raw is not standard_input and (close := getattr(raw, "close", None)):
-            close()
 
 
-def _open_file(path: Path) -> BinaryIO:
+def _nothing() -> None:
+    pass
+
+
+def _open_file(path: Path) -> FileIO:
     try:
-        return path.open("rb")
+        return FileIO(path)
     except FileNotFoundError as error:
         raise NotFoundError(f"{path} is not there") from error
     except IsADirectoryError as error:
@@ -114,13 +121,13 @@ class _Download:
         except urllib.error.HTTPError as error:
             with error:
                 raise _refusal(self._url, error.code) from error
-        except ValueError as error:
+        except (ValueError, InvalidURL) as error:
             raise UsageError(f"{self._url} is not a URL: {error}") from error
         if self._offset and response.status != 206:
             self._skip(response)
         elif not self._offset:
             length = response.headers.get("Content-Length")
-            self._total = int(length) if length else None
+            self._total = int(length) if length and length.isdecimal() else None
             tag = response.headers.get("ETag")
             self._tag = tag if tag and not tag.startswith("W/") else None
         return response
@@ -142,6 +149,8 @@ def _refusal(url: str, status: int) -> Exception:
         return NotFoundError(f"{url} is not there (status {status})")
     if status in (401, 402, 403):
         return RefusedError(f"{url} is refused (status {status})")
+    if 300 <= status < 400:
+        return FailedError(f"{url} leads on and on (status {status})", hint="give the overlay's own URL")
     if 400 <= status < 500:
         return FailedError(f"{url} answers with status {status}")
     return ConnectionError(f"status {status}")
@@ -167,10 +176,14 @@ class _Limited:
 
 
 class _Ahead:
-    """A thread that reads ahead; its errors are raised where the bytes would have come."""
+    """A thread that reads ahead; its errors are raised where the bytes would have come.
 
-    def __init__(self, raw: Bytes) -> None:
+    The thread closes what it reads: it may be waiting for a server, and nobody waits for that at an end.
+    """
+
+    def __init__(self, raw: Bytes, close: Callable[[], None]) -> None:
         self._raw = raw
+        self._close_raw = close
         self._queue: queue.Queue[bytes | Exception] = queue.Queue(_AHEAD_PIECES)
         self._stopped = threading.Event()
         self._rest = memoryview(b"")
@@ -200,14 +213,17 @@ class _Ahead:
                 self._queue.get_nowait()
 
     def _run(self) -> None:
-        while not self._stopped.is_set():
-            try:
-                item: bytes | Exception = self._raw.read(_PIECE)
-            except Exception as error:  # handed over, and raised by read()
-                item = error
-            self._put(item)
-            if not item or isinstance(item, Exception):
-                return
+        try:
+            while not self._stopped.is_set():
+                try:
+                    item: bytes | Exception = self._raw.read(_PIECE)
+                except Exception as error:  # handed over, and raised by read()
+                    item = error
+                self._put(item)
+                if not item or isinstance(item, Exception):
+                    return
+        finally:
+            self._close_raw()
 
     def _put(self, item: bytes | Exception) -> None:
         while not self._stopped.is_set():

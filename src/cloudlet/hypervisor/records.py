@@ -51,6 +51,17 @@ class ProcessId:
         except ProcessLookupError:
             return False
 
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the process is gone, at most ``timeout`` seconds; whether it is."""
+        try:
+            descriptor = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return True
+        try:
+            return not self.alive() or _wait_pidfd(descriptor, timeout)
+        finally:
+            os.close(descriptor)
+
     def kill(self, timeout: float = 5.0) -> None:
         """End the process with SIGKILL and wait until it is gone; nothing happens if it already is."""
         try:
@@ -288,10 +299,10 @@ def _empty(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _wait_pidfd(descriptor: int, timeout: float) -> None:
+def _wait_pidfd(descriptor: int, timeout: float | None) -> bool:
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
-    poller.poll(timeout * 1000)
+    return bool(poller.poll(None if timeout is None else timeout * 1000))
 
 
 def _is_zombie(pid: int) -> bool:

@@ -71,7 +71,11 @@ class KeyRing:
         private = Ed25519PrivateKey.generate()
         pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         _write_new(self._signing / f"{name}.pem", pem, 0o600)
-        self._write_trusted(name, private.public_key())
+        try:
+            self._write_trusted(name, private.public_key())
+        except BaseException:
+            (self._signing / f"{name}.pem").unlink()
+            raise
         return Key(name, key_id(private.public_key()), signs=True, trusted=True)
 
     def trust(self, file: Path, name: str) -> Key:

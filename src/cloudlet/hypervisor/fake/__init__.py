@@ -9,7 +9,8 @@ and its captures run on no other driver.
 ==============  ======================================================================
 files.py        a file system in the pages of the machine
 optical.py      what an ISO image holds
-shell.py        the language of the guest's shell, a small part of POSIX's
+script.py       a script of the guest's shell, read
+shell.py        the guest's shell, a small part of POSIX's
 programs.py     the programs that the guest has
 guest.py        the guest: counter, web pages, identity, commands
 agent.py        the guest's end of the agent channel, in QEMU's protocol
@@ -20,6 +21,6 @@ incoming.py     one machine that is being filled
 driver.py       the driver that ties them
 ==============  ======================================================================
 
-The process is started without ``site``, for a quick start: what it imports (the first seven) stands on
+The process is started without ``site``, for a quick start: what it imports (the first eight) stands on
 the standard library alone.
 """

@@ -13,12 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-_TOKEN = re.compile(
-    r"""[ \t]+|\\\n|(?<![^\s;&|])\#[^\n]*
-    |(?P<operator>\n|;|&&|\|\||\||2>&1|2>>|2>|>>|>|<)
-    |(?P<word>(?:'[^']*'|"(?:\\.|\$\([^)]*\)|[^"\\])*"|\\.|\$\([^)]*\)|[^\s;&|<>'"\\])+)""",
-    re.VERBOSE | re.DOTALL,
-)
+from cloudlet.hypervisor.fake.script import AndOr, For, ScriptError, Simple, parse
+
 _PART = re.compile(
     r"""'(?P<single>[^']*)'|"(?P<double>(?:\\.|\$\([^)]*\)|[^"\\])*)"|\\(?P<escaped>.)
     |\$\((?P<command>[^)]*)\)|\$(?P<name>\w+|[?#])|(?P<plain>.)""",
@@ -28,7 +24,6 @@ _QUOTED_PART = re.compile(
     r"""\\(?P<escaped>[$`"\\\n])|\$\((?P<command>[^)]*)\)|\$(?P<name>\w+|[?#])|(?P<plain>.)""", re.DOTALL
 )
 _ASSIGNMENT = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.DOTALL)
-_SEPARATORS = ("\n", ";")
 
 
 class Disk(Protocol):
@@ -51,37 +46,13 @@ Execute = Callable[[list[str], Streams], int]
 """Runs a program by its name and arguments; its exit status."""
 
 
-class SyntaxProblem(Exception):
-    """The script is not in the language."""
-
-
-class _Break(Exception):
+class _BreakSignal(Exception):
     pass
 
 
-class _Exit(Exception):
+class _ExitSignal(Exception):
     def __init__(self, status: int) -> None:
         self.status = status
-
-
-@dataclass(frozen=True, slots=True)
-class _Simple:
-    words: list[str]
-    redirections: list[tuple[str, str]]
-
-
-@dataclass(frozen=True, slots=True)
-class _For:
-    name: str
-    words: list[str]
-    body: list[_AndOr]
-
-
-@dataclass(frozen=True, slots=True)
-class _AndOr:
-    """Pipelines with the operator before each; a pipeline is (negated, commands)."""
-
-    parts: list[tuple[str, bool, list[_Simple | _For]]]
 
 
 class Shell:
@@ -102,15 +73,15 @@ class Shell:
         """
         self._strict = strict
         try:
-            self._list(_Parser(script).whole(), streams)
-        except _Exit as end:
+            self._list(parse(script), streams)
+        except _ExitSignal as end:
             return end.status
-        except SyntaxProblem as problem:
+        except ScriptError as problem:
             streams.err += f"sh: {problem}\n".encode()
             return 2
         return self._status
 
-    def _list(self, commands: list[_AndOr], streams: Streams) -> None:
+    def _list(self, commands: list[AndOr], streams: Streams) -> None:
         for command in commands:
             for number, (operator, negated, pipeline) in enumerate(command.parts):
                 if (operator == "&&" and self._status) or (operator == "||" and not self._status):
@@ -120,29 +91,29 @@ class Shell:
                     self._status = int(not self._status)
                 last = number == len(command.parts) - 1
                 if self._status and self._strict and last and not negated:
-                    raise _Exit(self._status)
+                    raise _ExitSignal(self._status)
 
-    def _pipe(self, pipeline: list[_Simple | _For], streams: Streams) -> None:
+    def _pipe(self, pipeline: list[Simple | For], streams: Streams) -> None:
         stdin = streams.stdin
         for number, command in enumerate(pipeline):
             last = number == len(pipeline) - 1
             mine = Streams(stdin, streams.out if last else bytearray(), streams.err)
-            if isinstance(command, _For):
+            if isinstance(command, For):
                 self._for(command, mine)
             else:
                 self._status = self._simple(command, mine)
             stdin = bytes(mine.out)
 
-    def _for(self, command: _For, streams: Streams) -> None:
+    def _for(self, command: For, streams: Streams) -> None:
         self._status = 0
         for word in command.words:
             self._variables[command.name] = self._expand(word)
             try:
                 self._list(command.body, streams)
-            except _Break:
+            except _BreakSignal:
                 break
 
-    def _simple(self, command: _Simple, outer: Streams) -> int:
+    def _simple(self, command: Simple, outer: Streams) -> int:
         words = list(command.words)
         while words and (match := _ASSIGNMENT.fullmatch(words[0])):
             self._variables[match["name"]] = self._expand(match["value"])
@@ -182,9 +153,9 @@ class Shell:
     def _builtin(self, argv: list[str], streams: Streams) -> int:
         match argv:
             case ["exit", *status]:
-                raise _Exit(int(status[0]) if status else self._status)
+                raise _ExitSignal(int(status[0]) if status else self._status)
             case ["break"]:
-                raise _Break
+                raise _BreakSignal
             case [":", *_]:
                 return 0
             case ["set", *options]:
@@ -200,7 +171,7 @@ class Shell:
                     text.append(self._expand(part["double"], _QUOTED_PART))
                 case "command":
                     streams = Streams()
-                    self._list(_Parser(part["command"]).whole(), streams)
+                    self._list(parse(part["command"]), streams)
                     text.append(streams.out.decode(errors="replace").rstrip("\n"))
                 case "name":
                     text.append(str(self._status) if part["name"] == "?" else self._variable(part["name"]))
@@ -212,104 +183,6 @@ class Shell:
 
     def _variable(self, name: str) -> str:
         return self._variables.get(name, "")
-
-
-class _Parser:
-    """A script as lists of commands."""
-
-    def __init__(self, script: str) -> None:
-        self._tokens: list[tuple[str, str]] = []
-        position = 0
-        while position < len(script):
-            match = _TOKEN.match(script, position)
-            if not match:
-                raise SyntaxProblem(f"cannot read {script[position : position + 20]!r}")
-            if match.lastgroup:
-                self._tokens.append((match.lastgroup, match[match.lastgroup]))
-            position = match.end()
-        self._at = 0
-
-    def whole(self) -> list[_AndOr]:
-        commands = self._list(())
-        if self._at < len(self._tokens):
-            raise SyntaxProblem(f"unexpected {self._text()!r}")
-        return commands
-
-    def _list(self, ends: tuple[str, ...]) -> list[_AndOr]:
-        commands = []
-        while True:
-            while self._operator(*_SEPARATORS):
-                pass
-            if self._at >= len(self._tokens) or self._text() in ends:
-                return commands
-            commands.append(self._and_or())
-            if self._at < len(self._tokens) and self._text() not in _SEPARATORS:
-                raise SyntaxProblem(f"unexpected {self._text()!r}")
-
-    def _and_or(self) -> _AndOr:
-        parts = [("", *self._pipeline())]
-        while operator := self._operator("&&", "||"):
-            while self._operator("\n"):
-                pass
-            parts.append((operator, *self._pipeline()))
-        return _AndOr(parts)
-
-    def _pipeline(self) -> tuple[bool, list[_Simple | _For]]:
-        negated = self._text() == "!"
-        self._at += negated
-        commands = [self._command()]
-        while self._operator("|"):
-            commands.append(self._command())
-        return negated, commands
-
-    def _command(self) -> _Simple | _For:
-        return self._for() if self._text() == "for" else self._simple()
-
-    def _for(self) -> _For:
-        self._at += 1
-        name = self._word()
-        self._expect("in")
-        words = []
-        while not self._operator(*_SEPARATORS):
-            words.append(self._word())
-        self._expect("do")
-        body = self._list(("done",))
-        self._expect("done")
-        return _For(name, words, body)
-
-    def _simple(self) -> _Simple:
-        words, redirections = [], []
-        while True:
-            if operator := self._operator(">", ">>", "<", "2>", "2>>"):
-                redirections.append((operator, self._word()))
-            elif self._operator("2>&1"):
-                redirections.append(("2>&1", ""))
-            elif self._at < len(self._tokens) and self._tokens[self._at][0] == "word":
-                words.append(self._word())
-            elif words or redirections:
-                return _Simple(words, redirections)
-            else:
-                raise SyntaxProblem(f"a command is missing before {self._text()!r}")
-
-    def _text(self) -> str:
-        return self._tokens[self._at][1] if self._at < len(self._tokens) else ""
-
-    def _operator(self, *wanted: str) -> str:
-        if self._at < len(self._tokens) and self._tokens[self._at] in [("operator", w) for w in wanted]:
-            self._at += 1
-            return self._tokens[self._at - 1][1]
-        return ""
-
-    def _word(self) -> str:
-        if self._at >= len(self._tokens) or self._tokens[self._at][0] != "word":
-            raise SyntaxProblem(f"a word is missing before {self._text()!r}")
-        self._at += 1
-        return self._tokens[self._at - 1][1]
-
-    def _expect(self, word: str) -> None:
-        if self._text() != word:
-            raise SyntaxProblem(f"{word!r} is missing before {self._text()!r}")
-        self._at += 1
 
 
 def _content(disk: Disk, path: str, wanted: bool) -> bytes:

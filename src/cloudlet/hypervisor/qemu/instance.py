@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -169,21 +170,22 @@ class QemuInstance:
         )
 
     def wait(self, timeout: float | None = None) -> bool:
-        process = self.record.machine
-        if not process:
+        """Wait for the end of the machine or of its network, without which it is of no use to anybody."""
+        if not self.record.machine:
             return True
-        try:
-            descriptor = os.pidfd_open(process.pid)
-        except ProcessLookupError:
-            return True
-        try:
-            if not process.alive():
-                return True
-            poller = select.poll()
-            poller.register(descriptor, select.POLLIN)
+        poller = select.poll()
+        with ExitStack() as stack:
+            for process in (self.record.machine, self.record.network):
+                if process:
+                    try:
+                        descriptor = os.pidfd_open(process.pid)
+                    except ProcessLookupError:
+                        return True
+                    stack.callback(os.close, descriptor)
+                    if not process.alive():
+                        return True
+                    poller.register(descriptor, select.POLLIN)
             return bool(poller.poll(None if timeout is None else timeout * 1000))
-        finally:
-            os.close(descriptor)
 
     def stop(self) -> None:
         if self._monitor:

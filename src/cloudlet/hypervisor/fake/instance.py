@@ -1,0 +1,186 @@
+"""One fake machine that runs: the same view of folder, record and process as the QEMU driver's."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cloudlet.errors import FailedError
+from cloudlet.hypervisor.driver import BaseCapture, Capture, RunState
+from cloudlet.hypervisor.fake.devices import read_state
+from cloudlet.hypervisor.qemu.agent import QemuGuestAgent
+from cloudlet.hypervisor.qemu.sockets import connect
+from cloudlet.hypervisor.records import ProcessId, Record, Workspace, cpu_seconds_of
+from cloudlet.model import PAGE_BYTES, Endpoint
+from cloudlet.overlay.pages import PageSource, equal_rows
+from cloudlet.sparse import CHUNK_BYTES, chunks, copy_data
+
+RAM, DISK = "ram", "disk.raw"
+_ANSWER_SECONDS = 20.0
+
+
+class FakeInstance:
+    """A machine of this driver. ``workspace`` is None where another process owns it."""
+
+    def __init__(
+        self,
+        directory: Path,
+        record: Record,
+        workspace: Workspace | None = None,
+        process: subprocess.Popen[bytes] | None = None,
+    ) -> None:
+        self.directory = directory
+        self.record = record
+        self._workspace = workspace
+        self._process = process
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        return self.record.endpoints
+
+    @property
+    def console_log(self) -> Path:
+        return self.directory / "console.log"
+
+    @property
+    def agent(self) -> QemuGuestAgent:
+        return QemuGuestAgent(self.directory / "agent.sock")
+
+    def state(self) -> RunState:
+        if not self.record.machine or not self.record.machine.alive():
+            return RunState.GONE
+        return RunState(self.tell("status"))
+
+    def pause(self) -> None:
+        self.tell("pause")
+
+    def resume(self) -> None:
+        self.tell("run")
+
+    def open_console(self) -> socket.socket:
+        return connect(self.directory / "console.sock", timeout=10.0)
+
+    def cpu_seconds(self) -> float:
+        return cpu_seconds_of(self._machine_process().pid)
+
+    def insert_optical(self, image: Path) -> None:
+        self.tell("insert", image=str(image.absolute()))
+
+    def eject_optical(self) -> None:
+        self.tell("eject")
+
+    def shut_down(self, timeout: float) -> bool:
+        self.tell("power")
+        return self.wait(timeout)
+
+    def capture_base(self, ram: Path) -> BaseCapture:
+        began = time.perf_counter()
+        self.pause()
+        state = self._device_state()
+        pause_seconds = time.perf_counter() - began
+        with ram.open("wb") as target, (self.directory / RAM).open("rb") as source:
+            target.truncate(os.fstat(source.fileno()).st_size)
+            copy_data(source.fileno(), target.fileno())
+        return BaseCapture(ram, state, read_state(state)[0], pause_seconds)
+
+    def capture(self) -> Capture:
+        base_ram, base_disk = self.record.detail.get("base_files", ("", ""))
+        if not base_ram:
+            raise FailedError(f"instance {self.id} was booted: capture it as a base")
+        began = time.perf_counter()
+        self.pause()
+        state = self._device_state()
+        saved = time.perf_counter()
+        ram = self._changed(RAM, Path(base_ram), "ram.pages")
+        disk = self._changed(DISK, Path(base_disk), "disk.blocks")
+        ended = time.perf_counter()
+        return Capture(
+            ram=ram,
+            disk=disk,
+            device_state=state,
+            sections=read_state(state)[0],
+            pause_seconds=ended - began,
+            seconds={"device state": saved - began, "memory and disk": ended - saved},
+        )
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self.record.machine is None or self.record.machine.wait(timeout)
+
+    def stop(self) -> None:
+        if self.record.machine:
+            self.record.machine.kill()
+        if self._process:
+            self._process.wait(10.0)
+        if self._workspace:
+            self._workspace.remove()
+
+    def tell(self, command: str, **arguments: Any) -> Any:
+        """Run a command of the machine's monitor.
+
+        :raises FailedError: it refuses, does not answer, or is gone.
+        """
+        request = json.dumps({"do": command, **arguments}).encode() + b"\n"
+        try:
+            with connect(self.directory / "monitor.sock", _ANSWER_SECONDS) as monitor:
+                monitor.sendall(request)
+                with monitor.makefile("rb") as answers:
+                    line = answers.readline()
+        except OSError as error:
+            raise FailedError(f"the fake machine is gone ({command}: {error})") from error
+        if not line:
+            raise FailedError(f"the fake machine ended: {self._last_words()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise FailedError(f"the fake machine refuses {command}: {answer['error']}")
+        return answer["return"]
+
+    def _machine_process(self) -> ProcessId:
+        if not self.record.machine or not self.record.machine.alive():
+            raise FailedError(f"instance {self.id} is gone: {self._last_words()}")
+        return self.record.machine
+
+    def _last_words(self) -> str:
+        try:
+            lines = (self.directory / "machine.log").read_text(errors="replace").strip().splitlines()
+        except FileNotFoundError:
+            return "it left nothing"
+        return lines[-1] if lines else "it said nothing"
+
+    def _device_state(self) -> bytes:
+        return json.dumps(self.tell("save"), separators=(",", ":")).encode()
+
+    def _changed(self, name: str, base: Path, spool: str) -> PageSource:
+        """The pages of a file that differ from the base's, copied to a file beside it."""
+        numbers: list[int] = []
+        with (
+            (self.directory / name).open("rb") as mine,
+            base.open("rb") as theirs,
+            (self.directory / spool).open("wb") as out,
+        ):
+            files = (mine.fileno(), theirs.fileno())
+            # A chunk without data in either file is zeros in both.
+            for chunk in sorted({number for file in files for number, _ in chunks(file)}):
+                one, other = (_rows(file, chunk) for file in files)
+                differing = np.flatnonzero(~equal_rows(one, other))
+                out.write(one[differing].tobytes())
+                numbers += (differing + chunk * (CHUNK_BYTES // PAGE_BYTES)).tolist()
+        if not numbers:
+            return PageSource.empty()
+        data = np.memmap(self.directory / spool, np.uint8, "r").reshape(-1, PAGE_BYTES)
+        return PageSource(np.array(numbers, np.uint32), data)
+
+
+def _rows(file: int, chunk: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    raw = os.pread(file, CHUNK_BYTES, chunk * CHUNK_BYTES)
+    return np.frombuffer(raw, np.uint8).reshape(-1, PAGE_BYTES)

@@ -1,0 +1,268 @@
+"""The process of a fake machine: it holds RAM, disk and sockets, and lets the guest run, or not.
+
+One thread and two selectors. The outer one has the monitor; the inner one has all that the guest hears,
+its web ports, agent and console, and is itself in the outer one while the machine runs. So a paused
+machine answers nothing but its monitor, and its bytes stand still. Killed, it is gone like a real one.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import selectors
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cloudlet.hypervisor.fake.agent import AgentEnd
+from cloudlet.hypervisor.fake.files import LEAST_PAGES, PAGE
+from cloudlet.hypervisor.fake.guest import Guest
+from cloudlet.hypervisor.fake.optical import read_image
+
+DEVICES = (
+    ("cpu", 0, 1),
+    ("ram", 0, 1),
+    ("disk", 0, 2),
+    ("optical", 0, 1),
+    ("generation", 0, 1),
+    ("card", 0, 1),
+    ("serial", 0, 1),
+)
+"""Name, instance and version of each device, in the order of the device state."""
+
+_LONGEST_LINE = 64 << 20
+_BLOCK = 1 << 16
+
+Answer = Callable[[bytes], tuple[bytes, bytes, bool]]
+"""Takes what has come; gives what to send, what is left for later, and whether the connection ends."""
+
+
+class RefusedByMachineError(Exception):
+    """The machine cannot do that now; the message says why."""
+
+
+class Machine:
+    """The machine."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._config = config
+        self._state = "incoming" if config["incoming"] else "paused"
+        self._ended = False
+        self._optical = ""
+        self._printed = 0
+        self._generation = os.urandom(16).hex()
+        self._outer, self._inner = selectors.DefaultSelector(), selectors.DefaultSelector()
+        _listen(self._outer, config["monitor"], lambda: self._monitor)
+        _listen(self._inner, config["agent"], lambda: _lines(self._agent_end.answer))
+        _listen(self._inner, config["console"], lambda: _lines(self._type))
+        for descriptor in config["listeners"]:
+            _listen(self._inner, descriptor, lambda: self._http)
+
+    def run(self) -> None:
+        """Run until the power goes off."""
+        if not self._config["incoming"]:
+            self._load()
+            self._guest.boot(self._generation)
+            self._go()
+        while not self._ended:
+            for key, _ in self._outer.select():
+                if key.fileobj is self._inner:
+                    for inner, _ in self._inner.select(0):
+                        inner.data()
+                else:
+                    key.data()
+
+    def _load(self) -> None:
+        """Take RAM and disk as they are now."""
+        ram, disk = _map(self._config["ram"]), _map(self._config["disk"])
+        self._guest = Guest(ram, disk, self._print)
+        self._agent_end = AgentEnd(self._guest)
+        if self._config["optical"]:
+            self._insert(self._config["optical"])
+
+    def _go(self) -> None:
+        if self._state != "running":
+            self._outer.register(self._inner, selectors.EVENT_READ)
+        self._state = "running"
+
+    def _halt(self) -> None:
+        if self._state == "running":
+            self._outer.unregister(self._inner)
+            self._state = "paused"
+
+    def _monitor(self, content: bytes) -> tuple[bytes, bytes, bool]:
+        line, newline, rest = content.partition(b"\n")
+        if not newline:
+            return b"", content, False
+        try:
+            request = json.loads(line)
+            answer = {"return": self._do(request.pop("do"), **request)}
+        except (RefusedByMachineError, OSError, ValueError) as error:
+            answer = {"error": str(error)}
+        return json.dumps(answer).encode() + b"\n", rest, True
+
+    def _do(self, command: str, **arguments: Any) -> Any:
+        match command:
+            case "status":
+                return self._state
+            case "load" if self._state == "incoming":
+                self._resume(arguments["state"])
+            case _ if self._state == "incoming":
+                raise RefusedByMachineError(f"{command}: the machine waits for its state")
+            case "pause":
+                self._halt()
+            case "run":
+                self._go()
+            case "save":
+                return self._save()
+            case "insert":
+                if self._optical:
+                    raise RefusedByMachineError("the optical drive is not empty")
+                self._insert(arguments["image"])
+            case "eject":
+                self._optical = ""
+                self._guest.insert(None)
+            case "power":
+                self._ended = self._state == "running"
+            case _:
+                raise RefusedByMachineError(f"{command} is not a command of the monitor")
+        return None
+
+    def _save(self) -> list[list[Any]]:
+        content: dict[str, Any] = {
+            "optical": self._optical,
+            "generation": self._generation,
+            "serial": self._printed,
+        }
+        return [[name, instance, version, content.get(name)] for name, instance, version in DEVICES]
+
+    def _resume(self, state: list[list[Any]]) -> None:
+        """Load the devices. The generation ID is this machine's own, as a hypervisor's is."""
+        if [tuple(section[:3]) for section in state] != list(DEVICES):
+            raise RefusedByMachineError("the device state is another machine's")
+        content = {section[0]: section[3] for section in state}
+        if content["optical"]:
+            raise RefusedByMachineError("the optical drive was not empty when the machine was captured")
+        self._printed = int(content["serial"])
+        self._load()
+        self._guest.go_on(self._generation)
+        self._go()
+
+    def _insert(self, image: str) -> None:
+        self._guest.insert(read_image(Path(image)))
+        self._optical = image
+
+    def _type(self, line: bytes) -> bytes:
+        """A line typed at the console is a command for the guest's shell."""
+        command = line.decode(errors="replace").strip()
+        _, out, err = self._guest.run(["sh", "-c", command], b"")
+        for text in (out + err).decode(errors="replace").splitlines():
+            self._print(text)
+        return out + err
+
+    def _print(self, line: str) -> None:
+        text = f"{line}\r\n".encode()
+        self._printed += len(text)
+        with Path(self._config["console_log"]).open("ab") as log:
+            log.write(text)
+
+    def _http(self, content: bytes) -> tuple[bytes, bytes, bool]:
+        head, end, _ = content.partition(b"\r\n\r\n")
+        if not end:
+            return b"", content, len(content) > _BLOCK
+        method, _, rest = head.decode("latin-1").partition(" ")
+        status, body = self._guest.answer(rest.partition(" ")[0]) if method == "GET" else (405, b"only GET\n")
+        answer = f"HTTP/1.1 {status} {'OK' if status == 200 else 'Not so'}\r\nContent-Length: {len(body)}\r\n"
+        return answer.encode() + b"Connection: close\r\n\r\n" + body, b"", True
+
+
+class _Connection:
+    """One peer: what has come and is not used, and what could not be sent yet."""
+
+    def __init__(self, selector: selectors.BaseSelector, peer: socket.socket, answer: Answer) -> None:
+        peer.setblocking(False)
+        self._selector, self._peer, self._answer = selector, peer, answer
+        self._come, self._waiting, self._last = b"", b"", False
+        selector.register(peer, selectors.EVENT_READ, self.ready)
+
+    def ready(self) -> None:
+        try:
+            if self._waiting:
+                self._send()
+            elif block := self._peer.recv(_BLOCK):
+                self._use(block)
+            else:
+                self._close()
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            self._close()
+
+    def _use(self, block: bytes) -> None:
+        self._come += block
+        while self._come and not self._last:
+            said, rest, self._last = self._answer(self._come)
+            self._waiting += said
+            if rest == self._come or len(rest) > _LONGEST_LINE:
+                break
+            self._come = rest
+        self._send()
+
+    def _send(self) -> None:
+        while self._waiting:
+            try:
+                self._waiting = self._waiting[self._peer.send(self._waiting) :]
+            except BlockingIOError:
+                self._selector.modify(self._peer, selectors.EVENT_WRITE, self.ready)
+                return
+        self._selector.modify(self._peer, selectors.EVENT_READ, self.ready)
+        if self._last:
+            self._close()
+
+    def _close(self) -> None:
+        self._selector.unregister(self._peer)
+        self._peer.close()
+
+
+def main(config: str) -> None:
+    """Run the machine that the JSON text describes."""
+    Machine(json.loads(config)).run()
+    sys.exit(0)
+
+
+def _listen(selector: selectors.BaseSelector, descriptor: int, answer: Callable[[], Answer]) -> None:
+    listener = socket.socket(fileno=descriptor)
+    listener.setblocking(False)
+
+    def accept() -> None:
+        try:
+            peer, _ = listener.accept()
+        except OSError:  # It hung up before we looked.
+            return
+        _Connection(selector, peer, answer())
+
+    selector.register(listener, selectors.EVENT_READ, accept)
+
+
+def _lines(answer: Callable[[bytes], bytes]) -> Answer:
+    def line_by_line(content: bytes) -> tuple[bytes, bytes, bool]:
+        line, newline, rest = content.partition(b"\n")
+        if not newline:
+            return b"", content, False
+        return answer(line), rest, False
+
+    return line_by_line
+
+
+def _map(path: str) -> mmap.mmap:
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        memory = mmap.mmap(descriptor, 0)
+    finally:
+        os.close(descriptor)
+    if len(memory) < LEAST_PAGES * PAGE:
+        raise RefusedByMachineError(f"{path} is smaller than {LEAST_PAGES} pages, which the fake guest needs")
+    return memory

@@ -26,6 +26,12 @@ OPTIONS = (
     cfg.StrOpt("state_dir", help="Folder for running instances. Default: $XDG_STATE_HOME/cloudlet."),
     cfg.StrOpt("keys_dir", help="Folder for keys. Default: $XDG_CONFIG_HOME/cloudlet/keys."),
     cfg.StrOpt(
+        "hypervisor",
+        default="qemu",
+        help="The driver that runs machines: qemu, fake (machines without a virtual machine, to try things "
+        "with), or the name of one that another package installs.",
+    ),
+    cfg.StrOpt(
         "accelerator",
         default="auto",
         choices=["auto", "kvm", "tcg"],
@@ -49,6 +55,7 @@ class Settings:
     cache_dir: Path
     state_dir: Path
     keys_dir: Path
+    hypervisor: str = "qemu"
     accelerator: str = "auto"
     qemu_binary: str = "qemu-system-x86_64"
     instance_uid_first: int = 400000
@@ -81,6 +88,7 @@ def load(
             cache_dir=Path(cache_dir or conf.cache_dir or _xdg("XDG_CACHE_HOME", ".cache")).absolute(),
             state_dir=Path(state_dir or conf.state_dir or _xdg("XDG_STATE_HOME", ".local/state")).absolute(),
             keys_dir=Path(conf.keys_dir or config_dir / "keys").absolute(),
+            hypervisor=conf.hypervisor,
             accelerator=conf.accelerator,
             qemu_binary=conf.qemu_binary,
             instance_uid_first=conf.instance_uid_first,

@@ -1,7 +1,8 @@
 """Guest images that our own base builder did not make, for the tests of ``cloudlet base import``.
 
-Each image has a shell script of its name beside this file, which builds it into a cache folder as root and returns at
-once when it is there. This module runs the script and says how the image is started. It starts no virtual machine.
+Each image has a shell script of its name beside this file, which builds it into a cache folder as
+root and returns at once when it is there. This module runs the script and says how the image is
+started. It starts no virtual machine.
 
 From a shell: ``python -m tests.images.build CACHE [NAME ...]``.
 """
@@ -23,9 +24,10 @@ _QUICK_CMDLINE = "console=ttyS0 quiet no_timer_check tsc=reliable mitigations=of
 class TestImage:
     """One image on disk and how to start it.
 
-    ``disk`` is raw or qcow2, by its suffix. Without ``kernel`` the firmware starts the disk: SeaBIOS, or OVMF if
-    ``uefi``. ``ready`` is what shows that the guest is up: ``agent``, ``serial:TEXT`` or ``http:PORT/PATH`` (any HTTP
-    status). ``memory_mib`` is what the guest was tried with.
+    ``disk`` is raw or qcow2, by its suffix. Without ``kernel`` the firmware starts the disk:
+    SeaBIOS, or OVMF if ``uefi``. ``ready`` is what shows that the guest is up: ``agent``,
+    ``serial:TEXT`` or ``http:PORT/PATH`` (any HTTP status). ``memory_mib`` is what the guest was
+    tried with.
     """
 
     __test__ = False  # its name begins like a test's, but it holds none
@@ -76,8 +78,8 @@ NAMES = tuple(_images(Path()))
 def build(name: str, cache: Path) -> TestImage:
     """Return the image ``name``, building it into ``cache`` first if it is not there.
 
-    The files are shared by all who use the cache and must not be written to: put a qcow2 over ``disk``, or import it.
-    Two builders of one image wait for each other.
+    The files are shared by all who use the cache and must not be written to: put a qcow2 over
+    ``disk``, or import it. Two builders of one image wait for each other.
 
     :raises KeyError: no image has this name
     :raises subprocess.CalledProcessError: the script failed; its words are on stderr

@@ -23,22 +23,28 @@ _CLEANING_SECONDS = 3.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit status, as ``errors.py`` lists them."""
-    for number in _SIGNALS:
+    heard = [number for number in _SIGNALS if not _silenced(number)]
+    for number in heard:
         signal.signal(number, _leave)
     from cloudlet.cli.command import CloudletApp
 
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         interrupts = _Interrupts()
-        for number in _SIGNALS:
+        for number in heard:
             signal.signal(number, interrupts)
         return int(CloudletApp().run(argv or ["help"]))
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     finally:
-        # What is left to do is the interpreter's: nothing that an interrupt could do well.
-        for number in _SIGNALS:
-            signal.signal(number, _leave)
+        # What is left is the interpreter's end, and that is near: only an ignored signal does not disturb it.
+        for number in heard:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _silenced(number: signal.Signals) -> bool:
+    """Whether who started us wants us to outlive the terminal: ``nohup``."""
+    return number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 class _Interrupts:

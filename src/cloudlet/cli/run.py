@@ -86,8 +86,7 @@ class Run(CloudletCommand):
                 self._tell(synthesised)
             instance = synthesised.instance
             instance.wait()
-            what = "machine" if instance.state() is RunState.GONE else "machine's network"
-            raise FailedError(f"the {what} ended by itself", hint="run it again")
+            raise FailedError(f"{_what_ended(instance)} was ended, or ended by itself", hint="run it again")
 
     def _print_endpoints(self, instance: Instance) -> None:
         for endpoint in instance.endpoints:
@@ -157,6 +156,14 @@ def _published(text: str) -> PublishedPort:
     if not (ports.isdecimal() and outside.isdecimal() and 0 < int(ports) < 65536 and int(outside) < 65536):
         raise UsageError(f"--port {text}: write HOST:GUEST or ADDRESS:HOST:GUEST", hint="such as 8000:8080")
     return PublishedPort(int(ports), host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(outside))
+
+
+def _what_ended(instance: Instance) -> str:
+    try:
+        alive = instance.state() is not RunState.GONE
+    except FailedError:  # it is on its way out
+        alive = False
+    return "the machine's network" if alive else "the machine"
 
 
 def _document(synthesised: Synthesised) -> dict[str, Any]:

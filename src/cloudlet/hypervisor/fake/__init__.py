@@ -14,6 +14,7 @@ shell.py        the guest's shell, a small part of POSIX's
 programs.py     the programs that the guest has
 guest.py        the guest: counter, web pages, identity, commands
 agent.py        the guest's end of the agent channel, in QEMU's protocol
+connections.py  bytes come, an answer goes
 process.py      the machine's process: monitor, sockets, the guest while it runs
 devices.py      the device state and its sections
 instance.py     one machine that runs
@@ -21,6 +22,6 @@ incoming.py     one machine that is being filled
 driver.py       the driver that ties them
 ==============  ======================================================================
 
-The process is started without ``site``, for a quick start: what it imports (the first eight) stands on
+The process is started without ``site``, for a quick start: what it imports (the first nine) stands on
 the standard library alone.
 """

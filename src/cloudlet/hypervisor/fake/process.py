@@ -11,13 +11,12 @@ import json
 import mmap
 import os
 import selectors
-import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cloudlet.hypervisor.fake.agent import AgentEnd
+from cloudlet.hypervisor.fake.connections import lines, serve
 from cloudlet.hypervisor.fake.files import LEAST_PAGES, PAGE
 from cloudlet.hypervisor.fake.guest import Guest
 from cloudlet.hypervisor.fake.optical import read_image
@@ -33,11 +32,7 @@ DEVICES = (
 )
 """Name, instance and version of each device, in the order of the device state."""
 
-_LONGEST_LINE = 64 << 20
-_BLOCK = 1 << 16
-
-Answer = Callable[[bytes], tuple[bytes, bytes, bool]]
-"""Takes what has come; gives what to send, what is left for later, and whether the connection ends."""
+_LONGEST_REQUEST = 1 << 16
 
 
 class RefusedByMachineError(Exception):
@@ -55,11 +50,11 @@ class Machine:
         self._printed = 0
         self._generation = os.urandom(16).hex()
         self._outer, self._inner = selectors.DefaultSelector(), selectors.DefaultSelector()
-        _listen(self._outer, config["monitor"], lambda: self._monitor)
-        _listen(self._inner, config["agent"], lambda: _lines(self._agent_end.answer))
-        _listen(self._inner, config["console"], lambda: _lines(self._type))
+        serve(self._outer, config["monitor"], lambda: self._monitor)
+        serve(self._inner, config["agent"], lambda: lines(self._agent_end.answer))
+        serve(self._inner, config["console"], lambda: lines(self._type))
         for descriptor in config["listeners"]:
-            _listen(self._inner, descriptor, lambda: self._http)
+            serve(self._inner, descriptor, lambda: self._http)
 
     def run(self) -> None:
         """Run until the power goes off."""
@@ -172,89 +167,17 @@ class Machine:
     def _http(self, content: bytes) -> tuple[bytes, bytes, bool]:
         head, end, _ = content.partition(b"\r\n\r\n")
         if not end:
-            return b"", content, len(content) > _BLOCK
+            return b"", content, len(content) > _LONGEST_REQUEST
         method, _, rest = head.decode("latin-1").partition(" ")
         status, body = self._guest.answer(rest.partition(" ")[0]) if method == "GET" else (405, b"only GET\n")
         answer = f"HTTP/1.1 {status} {'OK' if status == 200 else 'Not so'}\r\nContent-Length: {len(body)}\r\n"
         return answer.encode() + b"Connection: close\r\n\r\n" + body, b"", True
 
 
-class _Connection:
-    """One peer: what has come and is not used, and what could not be sent yet."""
-
-    def __init__(self, selector: selectors.BaseSelector, peer: socket.socket, answer: Answer) -> None:
-        peer.setblocking(False)
-        self._selector, self._peer, self._answer = selector, peer, answer
-        self._come, self._waiting, self._last = b"", b"", False
-        selector.register(peer, selectors.EVENT_READ, self.ready)
-
-    def ready(self) -> None:
-        try:
-            if self._waiting:
-                self._send()
-            elif block := self._peer.recv(_BLOCK):
-                self._use(block)
-            else:
-                self._close()
-        except (BlockingIOError, InterruptedError):
-            pass
-        except OSError:
-            self._close()
-
-    def _use(self, block: bytes) -> None:
-        self._come += block
-        while self._come and not self._last:
-            said, rest, self._last = self._answer(self._come)
-            self._waiting += said
-            if rest == self._come or len(rest) > _LONGEST_LINE:
-                break
-            self._come = rest
-        self._send()
-
-    def _send(self) -> None:
-        while self._waiting:
-            try:
-                self._waiting = self._waiting[self._peer.send(self._waiting) :]
-            except BlockingIOError:
-                self._selector.modify(self._peer, selectors.EVENT_WRITE, self.ready)
-                return
-        self._selector.modify(self._peer, selectors.EVENT_READ, self.ready)
-        if self._last:
-            self._close()
-
-    def _close(self) -> None:
-        self._selector.unregister(self._peer)
-        self._peer.close()
-
-
 def main(config: str) -> None:
     """Run the machine that the JSON text describes."""
     Machine(json.loads(config)).run()
     sys.exit(0)
-
-
-def _listen(selector: selectors.BaseSelector, descriptor: int, answer: Callable[[], Answer]) -> None:
-    listener = socket.socket(fileno=descriptor)
-    listener.setblocking(False)
-
-    def accept() -> None:
-        try:
-            peer, _ = listener.accept()
-        except OSError:  # It hung up before we looked.
-            return
-        _Connection(selector, peer, answer())
-
-    selector.register(listener, selectors.EVENT_READ, accept)
-
-
-def _lines(answer: Callable[[bytes], bytes]) -> Answer:
-    def line_by_line(content: bytes) -> tuple[bytes, bytes, bool]:
-        line, newline, rest = content.partition(b"\n")
-        if not newline:
-            return b"", content, False
-        return answer(line), rest, False
-
-    return line_by_line
 
 
 def _map(path: str) -> mmap.mmap:

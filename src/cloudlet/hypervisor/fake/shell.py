@@ -46,11 +46,11 @@ Execute = Callable[[list[str], Streams], int]
 """Runs a program by its name and arguments; its exit status."""
 
 
-class _BreakSignal(Exception):
+class _Break(Exception):  # noqa: N818 (control flow, no error)
     pass
 
 
-class _ExitSignal(Exception):
+class _Exit(Exception):  # noqa: N818 (control flow, no error)
     def __init__(self, status: int) -> None:
         self.status = status
 
@@ -74,7 +74,7 @@ class Shell:
         self._strict = strict
         try:
             self._list(parse(script), streams)
-        except _ExitSignal as end:
+        except _Exit as end:
             return end.status
         except ScriptError as problem:
             streams.err += f"sh: {problem}\n".encode()
@@ -91,7 +91,7 @@ class Shell:
                     self._status = int(not self._status)
                 last = number == len(command.parts) - 1
                 if self._status and self._strict and last and not negated:
-                    raise _ExitSignal(self._status)
+                    raise _Exit(self._status)
 
     def _pipe(self, pipeline: list[Simple | For], streams: Streams) -> None:
         stdin = streams.stdin
@@ -110,7 +110,7 @@ class Shell:
             self._variables[command.name] = self._expand(word)
             try:
                 self._list(command.body, streams)
-            except _BreakSignal:
+            except _Break:
                 break
 
     def _simple(self, command: Simple, outer: Streams) -> int:
@@ -153,9 +153,9 @@ class Shell:
     def _builtin(self, argv: list[str], streams: Streams) -> int:
         match argv:
             case ["exit", *status]:
-                raise _ExitSignal(int(status[0]) if status else self._status)
+                raise _Exit(int(status[0]) if status else self._status)
             case ["break"]:
-                raise _BreakSignal
+                raise _Break
             case [":", *_]:
                 return 0
             case ["set", *options]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cloudlet.errors import CapacityError, MismatchError, NotFoundError
 from cloudlet.hypervisor.driver import BaseImage, Boot, Instance
-from cloudlet.hypervisor.qemu import accelerator, changed, launch
+from cloudlet.hypervisor.qemu import accelerator, changed, launch, ramblocks
 from cloudlet.hypervisor.qemu.incoming import QemuIncoming
 from cloudlet.hypervisor.qemu.instance import DISK, UEFI_VARS, QemuInstance
 from cloudlet.hypervisor.qemu.machine import (
@@ -127,6 +127,9 @@ class QemuHypervisor:
             )  # fmt: skip
             record = Record(id=workspace.id, name=name, created=time.time())
             instance = self._start(plan, workspace, bound, record)
+            on_error.callback(instance.stop)
+            instance.fresh_blocks = ramblocks.digests(instance.monitor)
+            instance.resume()
             on_error.pop_all()
             os.close(ram)
             return instance
@@ -220,7 +223,7 @@ class QemuHypervisor:
             record = replace(record, network=ProcessId(network.pid, network.start_time))
             backends = self._backends(plan, workspace, always, network_end=network.qemu_fd)
             binary, _ = launch.find_qemu(self._settings.qemu_binary)
-            argv = command_line(binary, plan.machine, backends, workspace.id)
+            argv = command_line(binary, plan.machine, backends, workspace.id, run=plan.incoming is not None)
             process = launch.start(argv, workspace, backends.descriptors(), record.uid)
             record = replace(record, machine=ProcessId.of(process.pid))
             workspace.write(record)

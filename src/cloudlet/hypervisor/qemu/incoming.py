@@ -34,6 +34,7 @@ class QemuIncoming:
 
     def __init__(self, instance: QemuInstance, base: BaseImage, pipe: int, disk: Qcow2Writer) -> None:
         self.instance = instance
+        self.patience = _STALL_SECONDS
         self._base = base
         self._pipe = pipe
         self._disk = disk
@@ -68,8 +69,8 @@ class QemuIncoming:
         self._send(stream.closing(device_state))
         poller = select.poll()
         poller.register(self._pipe, 0)  # only that the reader closed
-        if not poller.poll(_STALL_SECONDS * 1000):
-            raise FailedError(f"QEMU did not load the devices within {_STALL_SECONDS:.0f} s")
+        if not poller.poll(self.patience * 1000):
+            raise FailedError(f"QEMU did not load the devices within {self.patience:.0f} s")
         self._close()
         if self.instance.wait(0.0):
             raise self._refusal()
@@ -88,8 +89,8 @@ class QemuIncoming:
             try:
                 view = view[os.write(self._pipe, view) :]
             except BlockingIOError:
-                if not poller.poll(_STALL_SECONDS * 1000):
-                    raise FailedError(f"QEMU takes no memory for {_STALL_SECONDS:.0f} s") from None
+                if not poller.poll(self.patience * 1000):
+                    raise FailedError(f"QEMU takes no memory for {self.patience:.0f} s") from None
             except BrokenPipeError:
                 raise self._refusal() from None
 

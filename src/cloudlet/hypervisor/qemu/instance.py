@@ -56,6 +56,8 @@ class QemuInstance:
         self._workspace = workspace
         self._process = process
         self._monitor: Monitor | None = None
+        self.fresh_blocks: ramblocks.Digests = {}
+        """Memory besides the guest's RAM as it was before a machine that was booted ran."""
 
     @property
     def id(self) -> str:
@@ -125,11 +127,11 @@ class QemuInstance:
         return self.wait(timeout)
 
     def capture_base(self, ram: Path) -> BaseCapture:
-        ramblocks.check(self.monitor)
         began = time.perf_counter()
         self.pause()
         state = self._device_state()
         pause_seconds = time.perf_counter() - began
+        ramblocks.check(self.fresh_blocks, ramblocks.digests(self.monitor))
         with ram.open("wb") as target:
             target.truncate(self.machine.memory_bytes)
             source = os.open(self._ram_path(), os.O_RDONLY | os.O_CLOEXEC)
@@ -144,7 +146,6 @@ class QemuInstance:
         monitor, process = self.monitor, self._machine_process()
         inode = Path(self._ram_path()).stat().st_ino
         mapping = changed.find_mapping(process.pid, inode, self.machine.memory_bytes)
-        ramblocks.check(monitor)
         laps = _Laps()
         self.pause()
         laps("stop")

@@ -1,7 +1,7 @@
 """What all commands share: the application with its global options, and errors as exit codes.
 
 This is the one place where an error becomes a line on standard error and an exit code, and where what
-the kernel refuses (no room, no right, no descriptor) becomes an error of ours. Signals are ``app.py``'s.
+the kernel refuses (no room, no right, no descriptor) becomes an error of ours.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cliff.command import Command
 from cliff.commandmanager import CommandManager
 
 import cloudlet
+from cloudlet.cli import signals
 from cloudlet.control.site import Site
 from cloudlet.errors import CloudletError, ExitCode, of_the_system
 from cloudlet.settings import Settings, load
@@ -72,6 +73,7 @@ class CloudletCommand(Command):
     app: CloudletApp
 
     def run(self, parsed_args: argparse.Namespace) -> int:
+        signals.interrupt()
         try:
             status = super().run(parsed_args) or ExitCode.DONE
             sys.stdout.flush()
@@ -104,6 +106,7 @@ class CloudletCommand(Command):
 
     def _leave_nothing(self) -> None:
         """An interrupt can fall between the making of a workspace and its being remembered."""
+        signals.ignore()
         try:
             Site.abandon(self.app.settings)
         except (CloudletError, OSError) as error:

@@ -27,7 +27,7 @@ from cloudlet.control.synthesis import Progress, resume_base
 from cloudlet.errors import CapacityError, FailedError, NotFoundError, RefusedError, UsageError
 from cloudlet.hypervisor.driver import Capture, GuestAgent, Instance
 from cloudlet.hypervisor.records import MARKER
-from cloudlet.model import PublishedPort
+from cloudlet.model import PublishedPort, ReadinessKind
 from cloudlet.overlay.create import CreateReport, Description, create
 from cloudlet.overlay.root import App
 from cloudlet.overlay.sign import Sign
@@ -98,7 +98,7 @@ def create_overlay(
             with steps(f"run {number}/{len(recipe.run)}", command):
                 _run(agent, command)
         with steps("wait until ready", recipe.ready):
-            wait_ready(instance, recipe.app().ready, READY_SECONDS)
+            _wait_ready(base, instance, recipe.app())
         return _capture_and_pack(base, instance, recipe.app(), output, sign, steps, progress, plain_delta)
 
 
@@ -128,7 +128,7 @@ def create_interactively(
         if seed:
             instance.eject_optical()
         with steps("wait until ready", str(app.ready)):
-            wait_ready(instance, app.ready, READY_SECONDS)
+            _wait_ready(base, instance, app)
         return _capture_and_pack(base, instance, app, output, sign, steps, progress, plain_delta=False)
 
 
@@ -200,12 +200,19 @@ def _capture_and_pack(
     guest = base.description.guest
     with steps("make quiet"):
         make_quiet(instance.agent if guest.agent else None, guest.quiet)
-        wait_ready(instance, app.ready, READY_SECONDS)
+        _wait_ready(base, instance, app)
     with steps("capture"):
         capture = instance.capture()
     with steps("pack"):
         report = _pack(base, capture, app, output, sign, progress, plain_delta)
     return Published(output, report, capture.pause_seconds, steps.seconds)
+
+
+def _wait_ready(base: Base, instance: Instance, app: App) -> None:
+    # The line by which the base showed that it is ready came before it was captured, and not again.
+    if app.ready.kind is ReadinessKind.SERIAL and app.ready == base.description.ready:
+        return
+    wait_ready(instance, app.ready, READY_SECONDS)
 
 
 def _pack(

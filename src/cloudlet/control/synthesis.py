@@ -18,7 +18,7 @@ from cloudlet.control.site import Site
 from cloudlet.control.source import Bytes
 from cloudlet.errors import NotFoundError
 from cloudlet.hypervisor.driver import Instance
-from cloudlet.model import PublishedPort
+from cloudlet.model import PublishedPort, ReadinessKind
 from cloudlet.overlay.apply import apply
 from cloudlet.overlay.pagemap import PageMap
 from cloudlet.overlay.pages import PageSource, runs_of
@@ -88,7 +88,9 @@ def synthesise(
             apply(reader, pages, incoming, progress)
         timings.mark("resumed")
         instance = incoming.instance
-        wait_ready(instance, root.app.ready, READY_SECONDS)
+        # What an app printed before it was captured it does not print again: such a one is ready as it is.
+        if root.app.ready.kind is not ReadinessKind.SERIAL:
+            wait_ready(instance, root.app.ready, READY_SECONDS)
         timings.mark("answering")
         if answering and root.app.publish is Publish.ANSWERING:
             answering(instance)

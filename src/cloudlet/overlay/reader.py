@@ -125,7 +125,7 @@ class OverlayReader:
         if not self.signature:
             if allow_unsigned:
                 return None
-            raise SignatureError("the overlay is not signed")
+            raise SignatureError("the overlay is not signed", hint="--allow-unsigned runs it all the same")
         if verify is None:
             if allow_unsigned:
                 return None

@@ -2,8 +2,8 @@
 
 Format (``docs/formats/base.md``): magic, length and bytes of the canonical document (name, date,
 description), the BLAKE3 digest of all that, then for each file in the order of the document its chunks
-that are not all zeros: ``u64 number, u32 size, that many bytes of Zstandard``, ended by the number 2^64-1. The description pins
-every file by its digest, and its own digest is the base's identity.
+that are not all zeros: ``u64 number, u32 size, that many bytes of Zstandard``, ended by the number
+2^64-1. The description pins every file by its digest, and its own digest is the base's identity.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 QEMU waits with an open migration stream; its RAM is already the base's. RAM pages go into the stream as
 they come, disk blocks into the instance's disk. The stream is a pipe of a few frames, so that the next
 frame is verified and decompressed while QEMU loads this one. QEMU lets the machine run by itself when
-the device state has come; that it then closes its end of the pipe is how we know, without the monitor.
+the device state has come, and closes its end of the pipe; the monitor then tells whether it really runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import select
 from collections.abc import Iterator
 
 from cloudlet.errors import CapacityError, FailedError
-from cloudlet.hypervisor.driver import BaseImage
+from cloudlet.hypervisor.driver import BaseImage, RunState
 from cloudlet.hypervisor.qemu import sections, stream
 from cloudlet.hypervisor.qemu.instance import QemuInstance
 from cloudlet.hypervisor.qemu.qcow2 import Qcow2Writer
@@ -72,7 +72,7 @@ class QemuIncoming:
         if not poller.poll(self.patience * 1000):
             raise FailedError(f"QEMU did not load the devices within {self.patience:.0f} s")
         self._close()
-        if self.instance.wait(0.0):
+        if not self._was_taken():
             raise self._refusal()
 
     def abort(self) -> None:
@@ -93,6 +93,13 @@ class QemuIncoming:
                     raise FailedError(f"QEMU takes no memory for {self.patience:.0f} s") from None
             except BrokenPipeError:
                 raise self._refusal() from None
+
+    def _was_taken(self) -> bool:
+        """Whether the machine lives: QEMU closes its end when it runs, but also when it is about to exit."""
+        try:
+            return self.instance.state() not in (RunState.GONE, RunState.INCOMING)
+        except FailedError:
+            return False
 
     def _refusal(self) -> FailedError:
         self.instance.wait(2.0)

@@ -1,0 +1,274 @@
+"""The benchmarks' own site: guests, bases, overlays and images, made when first asked for and kept.
+
+What takes minutes and does not change from run to run lies in ``.setup/bench`` of the checkout, under
+names that hold a digest of what it is made from. What is measured is made anew in each run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from benchmarks import plain
+from benchmarks.answers import REFERENCE, wait_agent
+from cloudlet.control import bases
+from cloudlet.control.publishing import Published, create_overlay, make_quiet
+from cloudlet.control.site import Site
+from cloudlet.control.source import open_source
+from cloudlet.control.synthesis import synthesise
+from cloudlet.errors import FailedError, NotFoundError
+from cloudlet.hypervisor.qemu.instance import DISK
+from cloudlet.model import GIBIBYTE, MEBIBYTE
+from cloudlet.settings import Settings
+from cloudlet.store.bases import Base
+
+CHECKOUT = Path(__file__).parents[1]
+KEPT = CHECKOUT / ".setup" / "bench"
+MEMORY_MIB, MODEL_MIB = 512, 16
+_GUEST = CHECKOUT / "src" / "cloudlet" / "guests" / "debian"
+_SHUT_DOWN_SECONDS = 120.0
+_KIND_TO_DELTAS = "init_on_free=1"
+"""What our guests' kernels do so that captures stay small; it costs a plain guest time and gains it nothing."""
+
+
+def say(text: str) -> None:
+    """Tell the person who waits what is being done."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+@dataclass
+class Lab:
+    """A site with bases and files for all benchmarks; ``scratch`` is a folder of this run."""
+
+    site: Site
+    scratch: Path
+    seed: int
+    quick: bool
+    preparing: dict[str, float] = field(default_factory=dict)
+    """Seconds spent on what is kept, which no figure contains."""
+
+    @classmethod
+    @contextmanager
+    def open(cls, seed: int, quick: bool) -> Iterator[Lab]:
+        """The laboratory; its scratch folder and all machines are gone afterwards."""
+        KEPT.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="run-", dir=KEPT) as folder:
+            settings = Settings(
+                cache_dir=KEPT / "cache", state_dir=Path(folder) / "state", keys_dir=KEPT / "keys"
+            )
+            site = Site.open(settings)
+            if not site.keys.all():
+                site.keys.generate()
+            yield cls(site, Path(folder), seed, quick)
+
+    @property
+    def settings(self) -> Settings:
+        return self.site.settings
+
+    def times(self, full: int, quick: int = 1) -> int:
+        """How often to repeat something."""
+        return quick if self.quick else full
+
+    def base(self, memory_mib: int = MEMORY_MIB, *, ours: bool = True) -> Base:
+        """A base of our guest; with ``ours=False`` its kernel does nothing for the sake of captures."""
+        key = _digest_of(_GUEST)
+        name = f"{'ours' if ours else 'default'}-{memory_mib}-{key}"
+        try:
+            return self.site.bases.find(name)
+        except NotFoundError:
+            pass
+        image = self._image(key)
+        cmdline = _cmdline(image, ours=ours)
+        request = bases.BaseRequest(name=name, memory_bytes=memory_mib * MEBIBYTE)
+        with self._prepares(f"base {name}"):
+            return bases.import_image(
+                self.site, request, image / "disk.raw", _quietly, kernel=image / "vmlinuz",
+                initrd=image / "initrd.img", cmdline=cmdline,
+            )  # fmt: skip
+
+    def booted_image(self) -> plain.Plain:
+        """The base's image as a plain guest likes it best: booted once, shut down, our kernel option off."""
+        base = self.base()
+        disk = KEPT / "images" / f"base-{base.id[:16]}.raw"
+        made = plain.Plain(
+            base.machine, disk, base.image().kernel, base.image().initrd, best_cmdline(base), "raw"
+        )
+        if not disk.exists():
+            with self._prepares("image of the base"), _made(disk) as new:
+                shutil.copyfile(self._image(_digest_of(_GUEST)) / "disk.raw", new)
+                with plain.run(self.settings, _with_disk(made, new), None) as instance:
+                    wait_agent(instance)
+                    make_quiet(instance.agent, has_script=True)
+                    if not instance.shut_down(_SHUT_DOWN_SECONDS):
+                        raise FailedError("the guest did not shut down")
+                _dig(new)
+        return made
+
+    def overlay(
+        self, memory_mib: int = MEMORY_MIB, model_mib: int = MODEL_MIB, *, ours: bool = True
+    ) -> Path:
+        """The reference application's overlay on one of our bases, kept."""
+        base = self.base(memory_mib, ours=ours)
+        path = KEPT / "overlays" / f"{base.id[:16]}-{model_mib}-{_digest_of(REFERENCE)}.overlay"
+        if not path.exists():
+            with self._prepares(f"overlay on {base.name}, model of {model_mib} MiB"), _made(path) as new:
+                self.publish(base, new, model_mib)
+        return path
+
+    def publish(
+        self,
+        base: Base,
+        output: Path,
+        model_mib: int = MODEL_MIB,
+        told: Callable[[str], None] = lambda step: None,
+        *,
+        plain_delta: bool = False,
+    ) -> Published:
+        """Make the reference application's overlay, now."""
+        os.environ["REFERENCE_MIB"] = str(model_mib)
+        return create_overlay(
+            self.site, base, REFERENCE, output, build_folder=self.scratch / f"build-{model_mib}",
+            sign=self.site.keys.signer(), say=told, plain_delta=plain_delta,
+        )  # fmt: skip
+
+    def customised_image(self) -> plain.Plain:
+        """The reference application installed and enabled in a full image, kept."""
+        overlay = self.overlay()
+        disk = KEPT / "images" / f"{overlay.stem}.raw"
+        if not disk.exists():
+            with self._prepares("full customised image"), _made(disk) as new:
+                return _with_disk(full_image(self.site, overlay, new), disk)
+        base = self.base()
+        return plain.Plain(
+            base.machine, disk, base.image().kernel, base.image().initrd, best_cmdline(base), "raw"
+        )
+
+    def _image(self, key: str) -> Path:
+        folder = KEPT / "images" / f"guest-{key}"
+        if not (folder / "cmdline").exists():
+            with self._prepares("guest image"), _made(folder) as new:
+                new.mkdir()
+                environment = {
+                    **os.environ,
+                    "CLOUDLET_OUT": str(new),
+                    "CLOUDLET_DISK_BYTES": str(4 * GIBIBYTE),
+                    "CLOUDLET_ACCELERATOR": self.site.hypervisor.accelerator().value,
+                }
+                tool([str(_GUEST / "build")], env=environment)
+        return folder
+
+    @contextmanager
+    def _prepares(self, what: str) -> Iterator[None]:
+        say(f"preparing, once: {what}")
+        began = time.monotonic()
+        yield
+        self.preparing[what] = round(time.monotonic() - began, 1)
+
+
+def full_image(site: Site, overlay: Path, disk: Path) -> plain.Plain:
+    """What a clone of an overlay has on its disk, shut down cleanly, as one raw image that boots."""
+    with open_source(str(overlay), io.BytesIO()) as source, synthesise(site, source, allow_unsigned=True) as made:
+        instance, base = made.instance, site.bases.find(made.root.base)
+        make_quiet(instance.agent, base.description.guest.quiet)
+        if not instance.shut_down(_SHUT_DOWN_SECONDS):
+            raise FailedError("the clone did not shut down")
+        top = {
+            "driver": "qcow2",
+            "file": {"driver": "file", "filename": str(instance.directory / DISK)},
+            "backing": {"driver": "raw", "file": {"driver": "file", "filename": str(base.image().disk)}},
+        }
+        tool(["qemu-img", "convert", "-O", "raw", "-S", "4k", f"json:{json.dumps(top)}", str(disk)])
+    image = base.image()
+    return plain.Plain(base.machine, disk, image.kernel, image.initrd, best_cmdline(base), "raw")
+
+
+def best_cmdline(base: Base) -> str:
+    """The kernel's command line of a base for a guest that will not be captured."""
+    return " ".join(word for word in base.description.cmdline.split() if word != _KIND_TO_DELTAS)
+
+
+@contextmanager
+def copy_of(image: plain.Plain, folder: Path) -> Iterator[plain.Plain]:
+    """A copy that may be written to, made before any clock runs."""
+    disk = folder / "copy.disk"
+    disk.unlink(missing_ok=True)
+    tool(["cp", "--sparse=always", str(image.disk), str(disk)])
+    try:
+        yield _with_disk(image, disk)
+    finally:
+        disk.unlink()
+
+
+def compress_image(image: Path, target: Path) -> int:
+    """An image as it would be downloaded, a qcow2 file compressed with zstd; its bytes."""
+    tool(
+        ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-m", "2", "-o", "compression_type=zstd"]
+        + [str(image), str(target)]
+    )
+    return target.stat().st_size
+
+
+def tool(command: list[str], env: dict[str, str] | None = None) -> None:
+    """Run a program to its end.
+
+    :raises FailedError: it failed; with what it said last.
+    """
+    result = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if result.returncode:
+        said = (result.stderr or result.stdout).strip().splitlines()
+        raise FailedError(f"{command[0]}: {said[-1] if said else result.returncode}")
+
+
+def _quietly(text: str) -> None:
+    """A base that is being made says much."""
+
+
+def _cmdline(image: Path, *, ours: bool) -> str:
+    words = (image / "cmdline").read_text().split()
+    return " ".join(word for word in words if ours or word != _KIND_TO_DELTAS)
+
+
+def _with_disk(image: plain.Plain, disk: Path) -> plain.Plain:
+    return replace(image, disk=disk)
+
+
+def _dig(path: Path) -> None:
+    tool(["fallocate", "--dig-holes", str(path)])
+
+
+def _digest_of(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+@contextmanager
+def _made(path: Path) -> Iterator[Path]:
+    """Make a file or folder under another name, so that it is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    _remove(new)
+    try:
+        yield new
+        new.rename(path)
+    finally:
+        _remove(new)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

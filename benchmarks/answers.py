@@ -93,4 +93,3 @@ def _get(url: str, timeout: float) -> dict[str, Any]:
     with urllib.request.urlopen(url, timeout=timeout) as answer:
         document: dict[str, Any] = json.load(answer)
         return document
-

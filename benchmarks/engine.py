@@ -1,14 +1,15 @@
 """What the overlay engine costs, without QEMU: apply and create, on one core, beside their anchors.
 
-    python benchmarks/engine.py [--mib 100] [--rounds 5] [--json]
+    python -m benchmarks.engine [--mib 100] [--rounds 5] [--json] [--seed N]
+    python -m benchmarks.engine --base FOLDER --overlay FILE       a real overlay, applied only
+    python -m benchmarks.engine --overlay-mib 256                  memory of whoever applies one of that size
 
 The capture is synthetic and made from a seed: of its pages 25 % are copies of base pages (RAM and
 disk), 3 % zero, 15 % repeat earlier ones, and the others are new: half random, half text and tables.
 Everything lies on tmpfs, so that no disk is measured. The anchor of apply is ``zstd -d`` of the same
 frames with its output written to tmpfs: by throughput (bytes each writes per second), and for equal
 work, where the anchor also writes (zeros) until it has written as much as apply. Memory is that of a
-fresh process: its peak beyond what it
-had when everything was imported.
+fresh process: its peak beyond what it had when everything was imported.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -39,26 +41,33 @@ from cloudlet.overlay.pagemap import PageMap
 from cloudlet.overlay.pages import PageBatch, PageSource, Rows, Space, runs_of
 from cloudlet.overlay.reader import Frame, OverlayReader
 from cloudlet.overlay.root import App, DeviceSection
+from cloudlet.store.bases import Base, BaseStore
 
 MIB = 1 << 20
 SEED = 20261124
-RAM_PAGES, DISK_PAGES = 65_536, 262_144
+RAM_PAGES, DISK_PAGES = 524_288, 1_048_576
 SECTIONS = (DeviceSection("ram", 0, 4), DeviceSection("cpu_common", 0, 1))
+_OVERLAY_SHARE = 0.45
+"""Bytes of the overlay per byte of the synthetic capture, roughly."""
 MACHINE = Machine(
     "pc-q35-7.2", Accelerator.TCG, "Nehalem", 1, RAM_PAGES * PAGE_BYTES, DISK_PAGES * PAGE_BYTES
 )
 
 
 class Bench:
-    """A directory with a base, a capture on it and what is made of them."""
+    """A directory with a base, a capture on it and what is made of them; or a real base and its overlay."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, real: Base | None = None, seed: int = SEED) -> None:
         self.directory = directory
+        self.real = real
+        self.seed = seed
 
     def open(self, stack: ExitStack, name: str, mode: str = "rb") -> Any:
         return stack.enter_context((self.directory / name).open(mode))
 
     def base(self, stack: ExitStack) -> BasePages:
+        if self.real:
+            return stack.enter_context(self.real.pages())
         ram, disk = self.open(stack, "ram"), self.open(stack, "disk")
         return BasePages("ab" * 32, MACHINE, SECTIONS, ram.fileno(), disk.fileno())
 
@@ -69,7 +78,7 @@ class Bench:
 
     def fill(self, mib: int) -> None:
         """Write base and capture."""
-        random = np.random.default_rng(SEED)
+        random = np.random.default_rng(self.seed)
         base_rows = content(random, 24_000)
         with ExitStack() as stack:
             ram, disk = self.open(stack, "ram", "wb+"), self.open(stack, "disk", "wb+")
@@ -152,21 +161,33 @@ def run_create(bench: Bench, name: str, **options: Any) -> tuple[CreateReport, f
         return report, time.process_time() - started
 
 
-def run_apply(bench: Bench) -> dict[str, float]:
-    """Apply once, in this process."""
+def run_apply(bench: Bench, transfers: int = 1) -> dict[str, float]:
+    """Apply once, in this process; or several times at once."""
     with ExitStack() as stack:
         base = bench.base(stack)
-        sink = FileSink(
-            bench.open(stack, "out.ram", "wb").fileno(),
-            bench.open(stack, "out.disk", "wb").fileno(),
-        )
+        sinks = [
+            FileSink(
+                bench.open(stack, f"out.{number}.ram", "wb").fileno(),
+                bench.open(stack, f"out.{number}.disk", "wb").fileno(),
+            )
+            for number in range(transfers)
+        ]
+        files = [bench.open(stack, "overlay") for _ in sinks]
         before = resident("VmRSS")
         started, cpu = time.perf_counter(), time.process_time()
-        apply(OverlayReader(bench.open(stack, "overlay"), allow_unsigned=True), base, sink)
+        threads = [
+            threading.Thread(target=apply, args=(OverlayReader(file, allow_unsigned=True), base, sink))
+            for file, sink in zip(files[1:], sinks[1:], strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        apply(OverlayReader(files[0], allow_unsigned=True), base, sinks[0])
+        for thread in threads:
+            thread.join()
         return {
             "seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu,
-            "bytes": sink.written,
+            "bytes": sum(sink.written for sink in sinks),
             "memory_mib": (resident("VmHWM") - before) / MIB,
         }
 
@@ -204,8 +225,12 @@ def run_anchor(bench: Bench, bytes_out: int) -> dict[str, float]:
     }
 
 
-def in_child(bench: Bench) -> dict[str, float]:
+def in_child(bench: Bench, transfers: int = 1) -> dict[str, float]:
+    """Apply in a fresh process, so that its memory is its own."""
     command = [sys.executable, __file__, "--apply-in", str(bench.directory)]
+    command += ["--transfers", str(transfers)]
+    if bench.real:
+        command += ["--base", str(bench.real.path)]
     result: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     return result
 
@@ -226,21 +251,7 @@ def measure(bench: Bench, mib: int, rounds: int) -> dict[str, Any]:
         index.save(bench.open(stack, "index", "wb"))
     created = [run_create(bench, "overlay") for _ in range(rounds)]
     report = run_create(bench, "overlay", plain_delta=True)[0]
-    with ExitStack() as stack:
-        frames = bench.open(stack, "frames.zst", "wb")
-        reader = OverlayReader(bench.open(stack, "overlay"), allow_unsigned=True)
-        for part in reader.parts():
-            if isinstance(part, Frame):
-                frames.write(part.blob)
     changed_mib = report.changed_pages * PAGE_BYTES / MIB
-    anchors, applied = [], []
-    for _ in range(rounds):  # In turns, so that a noisy neighbour meets both.
-        anchors.append(run_anchor(bench, report.changed_pages * PAGE_BYTES))
-        applied.append(in_child(bench))
-    anchor, applying = (
-        medians(lambda: anchors.pop(), rounds),
-        medians(lambda: applied.pop(), rounds),
-    )
     return {
         "changed_mib": changed_mib,
         "overlay_mib": report.file_bytes / MIB,
@@ -249,6 +260,30 @@ def measure(bench: Bench, mib: int, rounds: int) -> dict[str, Any]:
         "index_entries": len(index),
         "create_cpu_seconds_per_100_mib": statistics.median(cpu for _, cpu in created) / changed_mib * 100,
         "create_wall_seconds": report.seconds,
+        **measure_apply(bench, report.changed_pages * PAGE_BYTES, rounds),
+        "pages": {
+            space.name: {o.name: n for o, n in counts.items()} for space, counts in report.pages.items()
+        },
+    }
+
+
+def measure_apply(bench: Bench, bytes_out: int, rounds: int) -> dict[str, Any]:
+    """Apply an overlay and do what it is compared with, in turns, so that a noisy neighbour meets both."""
+    with ExitStack() as stack:
+        frames = bench.open(stack, "frames.zst", "wb")
+        reader = OverlayReader(bench.open(stack, "overlay"), allow_unsigned=True)
+        for part in reader.parts():
+            if isinstance(part, Frame):
+                frames.write(part.blob)
+    anchors, applied = [], []
+    for _ in range(rounds):
+        anchors.append(run_anchor(bench, bytes_out))
+        applied.append(in_child(bench))
+    anchor, applying = (
+        medians(lambda: anchors.pop(), rounds),
+        medians(lambda: applied.pop(), rounds),
+    )
+    return {
         "apply": applying,
         "apply_mib_per_second": applying["bytes"] / MIB / applying["seconds"],
         "zstd": anchor,
@@ -256,9 +291,35 @@ def measure(bench: Bench, mib: int, rounds: int) -> dict[str, Any]:
         "throughput_ratio": applying["bytes"] / applying["seconds"] / (anchor["bytes"] / anchor["seconds"]),
         "equal_work_ratio": anchor["with_write_seconds"] / applying["seconds"],
         "equal_work_cpu_ratio": anchor["with_write_cpu_seconds"] / applying["cpu_seconds"],
-        "pages": {
-            space.name: {o.name: n for o, n in counts.items()} for space, counts in report.pages.items()
-        },
+    }
+
+
+def measure_real(bench: Bench, overlay: Path, rounds: int) -> dict[str, Any]:
+    """Apply an overlay of a real machine."""
+    shutil.copyfile(overlay, bench.directory / "overlay")
+    with overlay.open("rb") as file:
+        totals = OverlayReader(file, allow_unsigned=True).root.totals
+    pages = totals.ram_pages + totals.disk_pages
+    return {
+        "overlay_mib": overlay.stat().st_size / MIB,
+        "changed_mib": pages * PAGE_BYTES / MIB,
+        **measure_apply(bench, pages * PAGE_BYTES, rounds),
+    }
+
+
+def measure_memory(bench: Bench, overlay_mib: int) -> dict[str, Any]:
+    """Memory of a process that applies a synthetic overlay of about this size, once and twice at a time."""
+    bench.fill(int(overlay_mib / _OVERLAY_SHARE))
+    with ExitStack() as stack:
+        index = PageIndex.build(bench.base(stack), np.array([[5000, 8000]], np.uint32))
+        index.save(bench.open(stack, "index", "wb"))
+    report, _ = run_create(bench, "overlay")
+    for name in ("ram.pages", "disk.pages"):
+        (bench.directory / name).unlink()
+    return {
+        "overlay_mib": report.file_bytes / MIB,
+        "memory_mib": in_child(bench)["memory_mib"],
+        "memory_of_two_mib": in_child(bench, transfers=2)["memory_mib"],
     }
 
 
@@ -266,18 +327,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the overlay engine on one core.")
     parser.add_argument("--mib", type=int, default=100, help="size of the capture")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--base", type=Path, help="the folder of a real base")
+    parser.add_argument("--overlay", type=Path, help="an overlay on it")
+    parser.add_argument("--overlay-mib", type=int, help="measure memory, with an overlay of about this size")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     parser.add_argument("--apply-in", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--transfers", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    real = BaseStore(options.base.parent).find(options.base.name) if options.base else None
     if options.apply_in:
-        print(json.dumps(run_apply(Bench(options.apply_in))))
+        print(json.dumps(run_apply(Bench(options.apply_in, real), options.transfers)))
         return
     if not shutil.which("zstd"):
         parser.error("the anchor needs the program zstd")
     shm = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as directory:
-        result = measure(Bench(Path(directory)), options.mib, options.rounds)
+        bench = Bench(Path(directory), real, options.seed)
+        if real:
+            result = measure_real(bench, options.overlay, options.rounds)
+        elif options.overlay_mib:
+            result = measure_memory(bench, options.overlay_mib)
+        else:
+            result = measure(bench, options.mib, options.rounds)
     if options.json:
         print(json.dumps(result, indent=1))
         return

@@ -38,7 +38,7 @@ MEMORY_MIB, MODEL_MIB = 512, 16
 _GUEST = CHECKOUT / "src" / "cloudlet" / "guests" / "debian"
 _SHUT_DOWN_SECONDS = 120.0
 _KIND_TO_DELTAS = "init_on_free=1"
-"""What our guests' kernels do so that captures stay small; it costs a plain guest time and gains it nothing."""
+"""What our guests' kernels do so that captures stay small; to a plain guest it is a loss of time."""
 
 
 def say(text: str) -> None:
@@ -114,9 +114,7 @@ class Lab:
                 _dig(new)
         return made
 
-    def overlay(
-        self, memory_mib: int = MEMORY_MIB, model_mib: int = MODEL_MIB, *, ours: bool = True
-    ) -> Path:
+    def overlay(self, memory_mib: int = MEMORY_MIB, model_mib: int = MODEL_MIB, *, ours: bool = True) -> Path:
         """The reference application's overlay on one of our bases, kept."""
         base = self.base(memory_mib, ours=ours)
         path = KEPT / "overlays" / f"{base.id[:16]}-{model_mib}-{_digest_of(REFERENCE)}.overlay"
@@ -130,7 +128,7 @@ class Lab:
         base: Base,
         output: Path,
         model_mib: int = MODEL_MIB,
-        told: Callable[[str], None] = lambda step: None,
+        told: Callable[[str], None] | None = None,
         *,
         plain_delta: bool = False,
     ) -> Published:
@@ -138,7 +136,7 @@ class Lab:
         os.environ["REFERENCE_MIB"] = str(model_mib)
         return create_overlay(
             self.site, base, REFERENCE, output, build_folder=self.scratch / f"build-{model_mib}",
-            sign=self.site.keys.signer(), say=told, plain_delta=plain_delta,
+            sign=self.site.keys.signer(), say=told or _quietly, plain_delta=plain_delta,
         )  # fmt: skip
 
     def customised_image(self) -> plain.Plain:
@@ -177,7 +175,10 @@ class Lab:
 
 def full_image(site: Site, overlay: Path, disk: Path) -> plain.Plain:
     """What a clone of an overlay has on its disk, shut down cleanly, as one raw image that boots."""
-    with open_source(str(overlay), io.BytesIO()) as source, synthesise(site, source, allow_unsigned=True) as made:
+    with (
+        open_source(str(overlay), io.BytesIO()) as source,
+        synthesise(site, source, allow_unsigned=True) as made,
+    ):
         instance, base = made.instance, site.bases.find(made.root.base)
         make_quiet(instance.agent, base.description.guest.quiet)
         if not instance.shut_down(_SHUT_DOWN_SECONDS):
@@ -211,19 +212,26 @@ def copy_of(image: plain.Plain, folder: Path) -> Iterator[plain.Plain]:
 
 def compress_image(image: Path, target: Path) -> int:
     """An image as it would be downloaded, a qcow2 file compressed with zstd; its bytes."""
-    tool(
-        ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-m", "2", "-o", "compression_type=zstd"]
-        + [str(image), str(target)]
-    )
+    command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd"]
+    tool([*command, str(image), str(target)])
     return target.stat().st_size
 
 
-def tool(command: list[str], env: dict[str, str] | None = None) -> None:
+def tool(command: list[str], env: dict[str, str] | None = None, seconds: float | None = None) -> None:
     """Run a program to its end.
 
     :raises FailedError: it failed; with what it said last.
+    :raises subprocess.TimeoutExpired: it did not end within so many seconds, and was killed.
     """
-    result = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
     if result.returncode:
         said = (result.stderr or result.stdout).strip().splitlines()
         raise FailedError(f"{command[0]}: {said[-1] if said else result.returncode}")

@@ -43,7 +43,12 @@ class Plain:
 
 @contextmanager
 def run(
-    settings: Settings, plain: Plain, port: int | None, *, incoming: int | None = None, extra: Sequence[str] = ()
+    settings: Settings,
+    plain: Plain,
+    port: int | None,
+    *,
+    incoming: int | None = None,
+    extra: Sequence[str] = (),
 ) -> Iterator[QemuInstance]:
     """A plain QEMU, started and not waited for; it ends when the context is left.
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,13 +30,6 @@ class Results:
 
     def range(self, name: str) -> tuple[float, float]:
         return min(self.samples[name]), max(self.samples[name])
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        """Add the seconds until the context is left without an error."""
-        began = time.monotonic()
-        yield
-        self.add(name, time.monotonic() - began)
 
 
 def machine(hypervisor: Hypervisor, binary: str) -> dict[str, Any]:

@@ -121,10 +121,10 @@ _MEANINGS: dict[int | None, tuple[type[CloudletError], str]] = {
     errno.EACCES: (RefusedError, "give this user the right, or name another place"),
     errno.EPERM: (RefusedError, "give this user the right, or name another place"),
     errno.EROFS: (RefusedError, "name another place"),
-    errno.ENOENT: (NotFoundError, ""),
-    errno.ENOTDIR: (NotFoundError, ""),
+    errno.ENOENT: (NotFoundError, "check the name; a program may have to be installed"),
+    errno.ENOTDIR: (NotFoundError, "check the name"),
     errno.EISDIR: (UsageError, "name a file"),
-    errno.ENAMETOOLONG: (UsageError, ""),
+    errno.ENAMETOOLONG: (UsageError, "use a shorter name"),
     errno.EEXIST: (ConflictError, "remove it, or name another place"),
 }
 

@@ -47,7 +47,10 @@ def write_recipe(folder: Path, text: str = RECIPE) -> Path:
 def settings(tmp_path: Path) -> Settings:
     """A site of the test's own, whose cache has the quick guest's base if ``own_base`` is asked for."""
     return Settings(
-        cache_dir=tmp_path / "cache", state_dir=tmp_path / "state", keys_dir=tmp_path / "keys", accelerator="tcg"
+        cache_dir=tmp_path / "cache",
+        state_dir=tmp_path / "state",
+        keys_dir=tmp_path / "keys",
+        accelerator="tcg",
     )
 
 

@@ -115,8 +115,8 @@ def _forged_signature(data: bytes, sign: Sign) -> bytes:
 
 
 KINDS = (
-    Kind("empty", lambda data, sign: b"", "header ends after 0"),
-    Kind("cut in the header", lambda data, sign: data[:40], "header ends after 40"),
+    Kind("empty", lambda data, sign: b"", "before the end of the header"),
+    Kind("cut in the header", lambda data, sign: data[:40], "before the end of the header"),
     Kind("cut in the root", lambda data, sign: data[:200], "before the end of the root"),
     Kind("cut in half", lambda data, sign: data[: len(data) // 2], "before the end of frame"),
     Kind("one byte short", lambda data, sign: data[:-1], "1 bytes before the end"),

@@ -50,7 +50,9 @@ def test_every_kind_of_damage_is_refused(
     assert kind.says in said
 
 
-def test_run_refuses_it_with_one_line(hello: Hello, settings: Settings, cloudlet: CommandLine, tmp_path: Path):
+def test_run_refuses_it_with_one_line(
+    hello: Hello, settings: Settings, cloudlet: CommandLine, tmp_path: Path
+):
     whole = hello.path.read_bytes()
     damaged = tmp_path / "damaged"
     for at, bit in flips(whole, 4, SEED + 1):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,9 +18,10 @@ from cloudlet.cli.progress import progress_bar
 from cloudlet.control import publishing, recipe
 from cloudlet.control.publishing import Published
 from cloudlet.control.source import open_source
-from cloudlet.errors import NotFoundError, UsageError
+from cloudlet.errors import UsageError
 from cloudlet.hypervisor.driver import Instance
 from cloudlet.model import GuestPort, PublishedPort, Readiness, format_bytes
+from cloudlet.output import written
 from cloudlet.overlay.apply import verify_only
 from cloudlet.overlay.diff import SpaceDifference, compare
 from cloudlet.overlay.pages import Space
@@ -200,17 +200,10 @@ class PutSignature(_OneOverlay):
         output = parsed_args.output or Path(parsed_args.overlay)
         if not parsed_args.output and not output.is_file():
             raise UsageError("what is not a file cannot be signed in place", hint="give --output")
-        if not output.absolute().parent.is_dir():
-            raise NotFoundError(f"the folder {output.absolute().parent} is not there")
         signer = site.keys.signer(parsed_args.key)
-        temporary = output.with_name(f".{output.name}.{os.getpid()}.new")
-        try:
-            with open_source(parsed_args.overlay, sys.stdin.buffer) as source, temporary.open("wb") as out:
-                # Nobody has to trust the old signature to put a new one: all parts are checked on the way.
-                resign(OverlayReader(source, None, allow_unsigned=True), out, signer)
-            temporary.replace(output)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open_source(parsed_args.overlay, sys.stdin.buffer) as source, written(output) as out:
+            # Nobody has to trust the old signature to put a new one: all parts are checked on the way.
+            resign(OverlayReader(source, None, allow_unsigned=True), out, signer)
         self.app.say(f"{output} is signed by {parsed_args.key}")
 
 

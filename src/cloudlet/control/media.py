@@ -42,7 +42,7 @@ def write_iso(
         start_new_session=True,
     )
     if result.returncode:
-        if "No space left" in result.stderr:
+        if "No space left" in result.stderr or "exceeds free space" in result.stderr:
             raise CapacityError(f"no room for {image}", hint="free space there, or set --state-dir")
         lines = result.stderr.strip().splitlines()
         raise FailedError(f"xorriso failed: {lines[-1] if lines else result.returncode}")

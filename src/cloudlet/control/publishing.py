@@ -6,10 +6,8 @@ captured is what the recipe's readiness rule says is a running app: warm, in mem
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
-import signal
 import subprocess
 import tempfile
 import time
@@ -24,10 +22,11 @@ from cloudlet.control.readiness import guest_port, wait_ready
 from cloudlet.control.recipe import BUILD_PREFIX, Recipe, read_recipe
 from cloudlet.control.site import Site
 from cloudlet.control.synthesis import Progress, resume_base
-from cloudlet.errors import CapacityError, FailedError, NotFoundError, RefusedError, UsageError
+from cloudlet.errors import FailedError, NotFoundError, RefusedError, UsageError
 from cloudlet.hypervisor.driver import Capture, GuestAgent, Instance
-from cloudlet.hypervisor.records import MARKER
+from cloudlet.hypervisor.records import MARKER, Workspace
 from cloudlet.model import PublishedPort, ReadinessKind
+from cloudlet.output import written
 from cloudlet.overlay.create import CreateReport, Description, create
 from cloudlet.overlay.root import App
 from cloudlet.overlay.sign import Sign
@@ -86,7 +85,7 @@ def create_overlay(
             hint="use --interactive, or a seed image",
         )
     with steps("prepare"):
-        prepare(recipe, folder, build_folder)
+        prepare(site, recipe, folder, build_folder)
     with ExitStack() as stack:
         with steps("start"):
             instance = stack.enter_context(resume_base(site, base, _ports(recipe), name=recipe.name))
@@ -132,37 +131,29 @@ def create_interactively(
         return _capture_and_pack(base, instance, app, output, sign, steps, progress, plain_delta=False)
 
 
-def prepare(recipe: Recipe, folder: Path, build_folder: Path) -> None:
-    """Run the recipe's commands on this machine."""
+def prepare(site: Site, recipe: Recipe, folder: Path, build_folder: Path) -> None:
+    """Run the recipe's commands on this machine; they belong to a workspace, so none outlives this."""
     if not recipe.prepare:
         return
     build_folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "CLOUDLET_RECIPE_BUILD": str(build_folder)}
-    for command in recipe.prepare:
-        status, said = _on_this_machine(command, folder, environment)
-        if status:
-            raise FailedError(f"prepare: {command!r} gave {status}: {said.strip()[-500:]}")
-
-
-def _on_this_machine(command: str, folder: Path, environment: dict[str, str]) -> tuple[int, str]:
-    """Run a shell command; when it is interrupted, all that it started ends too."""
-    with subprocess.Popen(
-        ["/bin/sh", "-ec", command],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    ) as process:
-        try:
-            said, _ = process.communicate()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return process.returncode, said
+    with Workspace.create(site.settings.instances_dir, prefix="prepare-") as workspace:
+        mark = {MARKER: str(workspace.path), "CLOUDLET_RECIPE_BUILD": str(build_folder)}
+        for command in recipe.prepare:
+            result = subprocess.run(
+                ["/bin/sh", "-ec", command],
+                cwd=folder,
+                env={**os.environ, **mark},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                check=False,
+                start_new_session=True,
+            )
+            if result.returncode:
+                tail = result.stdout.strip()[-500:]
+                raise FailedError(f"prepare: {command!r} gave {result.returncode}: {tail}")
 
 
 def check_output(output: Path) -> None:
@@ -231,28 +222,16 @@ def _pack(
         device_sections=capture.sections,
         device_state=capture.device_state,
     )
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.new")
     index = base.index()
-    try:
-        with (
-            base.pages() as pages,
-            temporary.open("wb") as out,
-            tempfile.TemporaryFile(dir=output.parent) as spool,
-        ):
-            report = create(
-                out, spool, description, capture.ram, capture.disk, pages, index,
-                sign=sign, plain_delta=plain_delta, progress=progress,
-            )  # fmt: skip
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(output)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise CapacityError(f"no room for {output}", hint="free space, or write elsewhere") from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    return report
+    with (
+        base.pages() as pages,
+        written(output) as out,
+        tempfile.TemporaryFile(dir=output.parent) as spool,
+    ):
+        return create(
+            out, spool, description, capture.ram, capture.disk, pages, index,
+            sign=sign, plain_delta=plain_delta, progress=progress,
+        )  # fmt: skip
 
 
 def _copy_files(

@@ -1,7 +1,7 @@
 """A recipe: a folder with ``recipe.yaml`` and files, from which an overlay is made.
 
 The model below is the schema: what does not validate is refused with the place that is wrong, and
-``cloudlet overlay recipe-schema`` prints it as JSON Schema for editors.
+``cloudlet overlay recipe schema`` prints it as JSON Schema for editors.
 """
 
 from __future__ import annotations

@@ -54,9 +54,7 @@ def _hypervisor(settings: Settings) -> Hypervisor:
     if ours := _OURS.get(settings.hypervisor):
         return ours(settings)
     try:
-        manager: DriverManager[Any] = DriverManager(
-            DRIVERS, settings.hypervisor, warn_on_missing_entrypoint=False
-        )
+        manager: DriverManager[Any] = DriverManager(DRIVERS, settings.hypervisor)
     except NoMatches as error:
         raise NotFoundError(
             f"there is no hypervisor driver {settings.hypervisor!r}",

@@ -111,18 +111,19 @@ class _Download:
             self._response = None
 
     def _request(self) -> HTTPResponse:
-        request = urllib.request.Request(self._url, headers={"Accept-Encoding": "identity"})
+        headers = {"Accept-Encoding": "identity"}
         if self._offset:
-            request.add_header("Range", f"bytes={self._offset}-")
+            headers["Range"] = f"bytes={self._offset}-"
             if self._tag:
-                request.add_header("If-Range", self._tag)
+                headers["If-Range"] = self._tag
         try:
+            request = urllib.request.Request(self._url, headers=headers)
             response: HTTPResponse = urllib.request.urlopen(request, timeout=_TIMEOUT)
         except urllib.error.HTTPError as error:
             with error:
                 raise _refusal(self._url, error.code) from error
         except (ValueError, InvalidURL) as error:
-            raise UsageError(f"{self._url} is not a URL: {error}") from error
+            raise UsageError(f"{self._url} is not a URL: {error}", hint="write http://HOST/PATH") from error
         if self._offset and response.status != 206:
             self._skip(response)
         elif not self._offset:

@@ -291,7 +291,7 @@ def _empty(path: Path) -> None:
         for process in left:
             process.kill()
     # The lock goes last: while it is there, a later command can find and finish what we began.
-    for entry in path.iterdir():
+    for entry in path.iterdir() if path.exists() else ():
         if entry.name != _LOCK:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink(
                 missing_ok=True

@@ -8,8 +8,6 @@ that are not all zeros: ``u64 number, u32 size, that many bytes of Zstandard``, 
 
 from __future__ import annotations
 
-import errno
-import os
 import struct
 import sys
 from pathlib import Path
@@ -17,7 +15,8 @@ from typing import Any, BinaryIO
 
 from blake3 import blake3
 
-from cloudlet.errors import CapacityError, CorruptError, LimitError, NotFoundError, TruncatedError
+from cloudlet.errors import CorruptError, LimitError, NotFoundError, TruncatedError
+from cloudlet.output import written
 from cloudlet.overlay import canonical
 from cloudlet.sparse import CHUNK_BYTES, Progress, SparseDigest, chunks, write_at
 from cloudlet.store.bases import FILES, Base, BaseStore, Description
@@ -42,32 +41,19 @@ def export_base(base: Base, output: Path, progress: Progress | None = None) -> i
     document = {"name": base.name, "created": base.created, "description": base.description.to_json()}
     head = canonical.encode(document)
     total = sum(size for size, _ in base.description.files.values())
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.new")
     done = 0
-    try:
-        with temporary.open("wb") as out:
-            start = MAGIC + _LENGTH.pack(len(head)) + head
-            out.write(start + blake3(start).digest())
-            for name in _in_order(base.description):
-                with (base.path / name).open("rb") as file:
-                    for number, chunk in chunks(file.fileno()):
-                        packed = zstd.compress(chunk, 3)
-                        out.write(_CHUNK.pack(number, len(packed)) + packed)
-                        if progress:
-                            progress(done + number * CHUNK_BYTES, total)
-                    done += base.description.files[name][0]
-                out.write(_CHUNK.pack(_END, 0))
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(output)
-    except FileNotFoundError as error:
-        raise NotFoundError(f"the folder {output.parent} is not there") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise CapacityError(f"no room for {output}", hint="free space, or write elsewhere") from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written(output) as out:
+        start = MAGIC + _LENGTH.pack(len(head)) + head
+        out.write(start + blake3(start).digest())
+        for name in _in_order(base.description):
+            with (base.path / name).open("rb") as file:
+                for number, chunk in chunks(file.fileno()):
+                    packed = zstd.compress(chunk, 3)
+                    out.write(_CHUNK.pack(number, len(packed)) + packed)
+                    if progress:
+                        progress(done + number * CHUNK_BYTES, total)
+                done += base.description.files[name][0]
+            out.write(_CHUNK.pack(_END, 0))
     return output.stat().st_size
 
 

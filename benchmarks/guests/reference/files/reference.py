@@ -7,7 +7,6 @@ copies at byte N; ``/digest`` reads both copies whole.
 import hashlib
 import http.server
 import json
-import sys
 from pathlib import Path
 
 PIECE = 64 << 10
@@ -28,7 +27,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?at=")
         if path == "/digest":
-            answer = {"digests": [digest(MODEL), digest(COPY)]}
+            answer: dict[str, object] = {"digests": [digest(MODEL), digest(COPY)]}
         else:
             at = int(query or 0)
             pieces = [digest(MODEL[at : at + PIECE]), digest(COPY[at : at + PIECE])]
@@ -45,4 +44,4 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    sys.exit(http.server.ThreadingHTTPServer(("", 9090), Answers).serve_forever())
+    http.server.ThreadingHTTPServer(("", 9090), Answers).serve_forever()

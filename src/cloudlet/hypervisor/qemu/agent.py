@@ -64,10 +64,11 @@ class QemuGuestAgent:
                     raise FailedError(f"{argv[0]} did not end in the guest within {timeout:.0f} s")
                 time.sleep(pause)  # The agent has no event for the end of a program.
                 pause = min(_LONGEST_PAUSE, pause * 1.5)
-        text = b"".join(base64.b64decode(status.get(stream, "")) for stream in ("out-data", "err-data"))
+            text = b"".join(base64.b64decode(status.get(stream, "")) for stream in ("out-data", "err-data"))
+            ended = int(status.get("exitcode", 128 + int(status.get("signal", 0))))
         if output and text:
             output(text)
-        return int(status.get("exitcode", 128 + int(status.get("signal", 0)))), text
+        return ended, text
 
     @contextmanager
     def _conversation(self, timeout: float) -> Iterator[_Talk]:
@@ -78,6 +79,9 @@ class QemuGuestAgent:
                 yield talk
         except (TimeoutError, ConnectionError, FileNotFoundError) as error:
             raise FailedError("the guest agent does not answer") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            # A guest may answer anything.
+            raise FailedError(f"the guest agent's answer is not understood: {error!r}") from error
 
 
 class _Talk:

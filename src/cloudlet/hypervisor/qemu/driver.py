@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cloudlet.errors import CapacityError, MismatchError, NotFoundError
+from cloudlet.errors import CapacityError, FailedError, MismatchError, NotFoundError
 from cloudlet.hypervisor.driver import BaseImage, Boot, Instance
 from cloudlet.hypervisor.qemu import accelerator, changed, launch, ramblocks
 from cloudlet.hypervisor.qemu.incoming import QemuIncoming
@@ -174,8 +174,10 @@ class QemuHypervisor:
                 overlay_id=overlay_id,
             )
             instance = self._start(plan, workspace, bound, record)
+            on_error.callback(instance.stop)
+            firmware = self._firmware(base.machine)
             on_error.pop_all()
-            return QemuIncoming(instance, base, ours, disk)
+            return QemuIncoming(instance, base, ours, disk, firmware)
 
     def instances(self) -> list[Instance]:
         """Adopted from their records; what needs the machine's size, such as a capture, needs its owner."""
@@ -229,7 +231,10 @@ class QemuHypervisor:
             workspace.write(record)
             network.wait_ready(time.monotonic() + _NETWORK_SECONDS)
         instance = QemuInstance(workspace.path, record, plan.machine, workspace, process)
-        changed.check_access(process.pid)
+        try:
+            changed.check_access(process.pid)
+        except FailedError as error:
+            raise FailedError(f"QEMU did not start: {instance.last_words() or error}") from error
         return instance
 
     def _backends(
@@ -261,6 +266,13 @@ class QemuHypervisor:
             optical=read(plan.optical),
             incoming=plan.incoming,
         )
+
+    def _firmware(self, machine: Machine) -> bytes:
+        """What has to be in the BIOS's memory; the UEFI firmware is a flash chip, which QEMU reads anyway."""
+        if machine.firmware is Firmware.UEFI:
+            return b""
+        binary, _ = launch.find_qemu(self._settings.qemu_binary)
+        return launch.find_bios(binary).read_bytes()
 
     def _free_uid(self) -> int:
         used = {record.uid for _, record in records(self._settings.instances_dir)}

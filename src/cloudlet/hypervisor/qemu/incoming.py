@@ -32,12 +32,15 @@ _STALL_SECONDS = 60.0
 class QemuIncoming:
     """See :class:`cloudlet.hypervisor.driver.Incoming`."""
 
-    def __init__(self, instance: QemuInstance, base: BaseImage, pipe: int, disk: Qcow2Writer) -> None:
+    def __init__(
+        self, instance: QemuInstance, base: BaseImage, pipe: int, disk: Qcow2Writer, firmware: bytes = b""
+    ) -> None:
         self.instance = instance
         self.patience = _STALL_SECONDS
         self._base = base
         self._pipe = pipe
         self._disk = disk
+        self._firmware = firmware
         os.set_blocking(pipe, False)
         for size in _PIPE_BYTES:
             with contextlib.suppress(PermissionError):
@@ -48,7 +51,8 @@ class QemuIncoming:
         """Announce the pages that will come: the disk's tables are written now."""
         with _full_disk_is_capacity():
             self._disk.announce(numbers_of(page_map.runs(Space.DISK)))
-        self._send(stream.opening(self._base.machine.machine_type, self._base.machine.memory_bytes))
+        machine = self._base.machine
+        self._send(stream.opening(machine.machine_type, machine.memory_bytes, self._firmware))
 
     def pages(self, batch: PageBatch) -> None:
         """Load verified pages."""

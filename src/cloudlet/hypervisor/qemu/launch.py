@@ -19,6 +19,7 @@ from cloudlet.errors import FailedError, NotFoundError
 from cloudlet.hypervisor.records import Workspace
 
 OLDEST = (7, 2)
+_BIOS = "bios-256k.bin"
 
 
 def confinement(uid: int | None) -> list[str]:
@@ -40,7 +41,13 @@ def confinement(uid: int | None) -> list[str]:
 def start(
     argv: Sequence[str], workspace: Workspace, descriptors: Sequence[int], uid: int | None
 ) -> subprocess.Popen[bytes]:
-    """Start QEMU confined, in a session of its own; what it prints goes to ``qemu.log``."""
+    """Start QEMU confined, in a session of its own; what it prints goes to ``qemu.log``.
+
+    :raises NotFoundError: a program that confines it is not installed.
+    """
+    for program in {"prlimit", "unshare", "setpriv"}.intersection(confinement(uid)):
+        if not shutil.which(program):
+            raise NotFoundError(f"{program} is not installed", hint="apt-get install util-linux")
     with (workspace.path / "qemu.log").open("ab") as log:
         return subprocess.Popen(
             [*confinement(uid), *argv],
@@ -91,6 +98,19 @@ def find_qemu(binary: str) -> tuple[str, tuple[int, int]]:
             f"{path} is too old: {found}", hint="Cloudlet needs QEMU 7.2 or newer, as in Debian 12"
         )
     return path, version
+
+
+@cache
+def find_bios(binary: str) -> Path:
+    """The firmware with which this QEMU starts a machine unless told otherwise.
+
+    :raises NotFoundError: it is not installed.
+    """
+    answer = subprocess.run([binary, "-L", "help"], capture_output=True, text=True, timeout=20, check=False)
+    for folder in answer.stdout.splitlines():
+        if (path := Path(folder.strip(), _BIOS)).is_file():
+            return path
+    raise NotFoundError(f"the firmware {_BIOS} is not installed", hint="apt-get install seabios")
 
 
 def runs_as_root() -> bool:

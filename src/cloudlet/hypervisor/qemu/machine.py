@@ -33,6 +33,7 @@ TCG_CPU_MODEL = "Nehalem"
 """The least CPU that today's binary wheels and distributions ask for (x86-64-v2), and one TCG has whole."""
 
 RAM_BLOCK = "pc.ram"
+FIRMWARE_BLOCK = "pc.bios"
 PUBLIC_MAC, PRIVATE_MAC = "52:54:00:c1:0d:01", "52:54:00:c1:0d:02"
 UEFI_CODE = ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_CODE.fd")
 UEFI_VARS = ("/usr/share/OVMF/OVMF_VARS_4M.fd", "/usr/share/OVMF/OVMF_VARS.fd")

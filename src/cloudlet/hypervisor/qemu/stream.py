@@ -1,8 +1,8 @@
 """The incoming migration stream of an unmodified QEMU, written by hand.
 
 Format: QEMU's ``migration/savevm.c`` and ``migration/ram.c``, stream version 3 without capabilities.
-Header, configuration section (the machine's type), one RAM section with only the pages that differ
-from what is already mapped, then the device sections of a capture, verbatim. QEMU loads a page as it
+Header, configuration section (the machine's type), one RAM section with the BIOS and only the pages that
+differ from what is already mapped, then the device sections of a capture, verbatim. QEMU loads a page as it
 arrives, and later pages overwrite earlier ones. When it has read the last byte it closes its end.
 
 All integers are big-endian. Pages are written as rows of a numpy array, one copy per page.
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cloudlet.errors import CorruptError
-from cloudlet.hypervisor.qemu.machine import RAM_BLOCK
+from cloudlet.hypervisor.qemu.machine import FIRMWARE_BLOCK, RAM_BLOCK
 from cloudlet.model import PAGE_BYTES
 
 _MAGIC = b"QEVM\0\0\0\x03"
@@ -29,29 +29,39 @@ _FLAG_SIZES, _FLAG_PAGE, _FLAG_END, _FLAG_SAME_BLOCK = 0x04, 0x08, 0x10, 0x20
 _ROW = np.dtype([("header", ">u8"), ("page", np.uint8, PAGE_BYTES)])
 
 
-def opening(machine_type: str, ram_bytes: int) -> bytes:
-    """All that comes before the first page."""
+def opening(machine_type: str, ram_bytes: int, firmware: bytes = b"") -> bytes:
+    """All that comes before the first page.
+
+    :param firmware: what the BIOS's memory holds. A QEMU that waits for a stream leaves it empty, unlike
+        one that starts a machine; the guest would find nothing there when it reboots.
+    """
     name = machine_type.encode()
-    block = RAM_BLOCK.encode()
+    blocks = {RAM_BLOCK: ram_bytes} | ({FIRMWARE_BLOCK: len(firmware)} if firmware else {})
+    sizes = b"".join(
+        bytes([len(block)]) + block.encode() + struct.pack(">Q", size) for block, size in blocks.items()
+    )
+    rows = np.frombuffer(firmware, np.uint8).reshape(-1, PAGE_BYTES)
     return b"".join(
         (
             _MAGIC,
             _CONFIGURATION, struct.pack(">I", len(name)), name,
             _SECTION_START, struct.pack(">I", _RAM_SECTION), b"\x03ram", struct.pack(">II", 0, 4),
-            struct.pack(">Q", ram_bytes | _FLAG_SIZES),
-            bytes([len(block)]), block, struct.pack(">Q", ram_bytes),
+            struct.pack(">Q", sum(blocks.values()) | _FLAG_SIZES), sizes,
             _end_of_part(),
+            pages(np.arange(len(rows), dtype=np.uint32), rows, FIRMWARE_BLOCK) if firmware else b"",
         )
     )  # fmt: skip
 
 
-def pages(numbers: np.ndarray[Any, Any], data: np.ndarray[Any, Any]) -> memoryview:
+def pages(
+    numbers: np.ndarray[Any, Any], data: np.ndarray[Any, Any], block: str = RAM_BLOCK
+) -> memoryview:
     """A part with the pages ``data`` (n, 4096) at the page numbers ``numbers`` (n)."""
     # Only the first page names its block; the others carry "same block" and so make rows of one size.
     first = (
         struct.pack(">Q", int(numbers[0]) * PAGE_BYTES | _FLAG_PAGE)
-        + bytes([len(RAM_BLOCK)])
-        + RAM_BLOCK.encode()
+        + bytes([len(block)])
+        + block.encode()
     )
     head = _SECTION_PART + struct.pack(">I", _RAM_SECTION) + first
     end = _end_of_part()
@@ -86,6 +96,8 @@ def device_sections(saved: bytes) -> bytes:
         raise CorruptError("the device state does not begin as QEMU's streams do")
     position = 8
     if saved[8:9] == _CONFIGURATION:
+        if len(saved) < 13:
+            raise CorruptError("the device state ends within its configuration")
         (length,) = struct.unpack_from(">I", saved, 9)
         position = 13 + length
         if saved[position : position + 1] == b"\x05":

@@ -1,0 +1,71 @@
+"""``python -m benchmarks``: measure, print, and write ``docs/results``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import creation, density, engine_run, growth, picture, report, starts, transfers
+from benchmarks.lab import CHECKOUT, Lab, say
+from benchmarks.results import Results, machine
+
+PARTS: dict[str, tuple[Callable[[Lab, Results], None], ...]] = {
+    "resume": (starts.resume,),
+    "local": (starts.local, starts.qemu),
+    "transfers": (transfers.synthesised, transfers.images, transfers.streams),
+    "create": (creation.create,),
+    "stages": (creation.stages,),
+    "engine": (engine_run.throughput, engine_run.memory),
+    "density": (density.density, density.restored),
+    "growth": (growth.by_bytes, growth.by_memory),
+}
+RESULTS = CHECKOUT / "docs" / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="measure everything once, to try it")
+    parser.add_argument("--only", metavar="NAME,...", help=f"some parts: {', '.join(PARTS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here too")
+    parser.add_argument("--seed", type=int, help="of what is random; printed, so that it can be given again")
+    options = parser.parse_args()
+    names = options.only.split(",") if options.only else list(PARTS)
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    seed = random.SystemRandom().randrange(1 << 31) if options.seed is None else options.seed
+    say(f"seed {seed}")
+    results = Results()
+    began = time.monotonic()
+    with Lab.open(seed, options.quick) as lab:
+        about = machine(lab.site.hypervisor, lab.settings.qemu_binary)
+        for name in names:
+            for part in PARTS[name]:
+                say(f"{name}: {(part.__doc__ or '').partition(chr(10))[0]}")
+                part(lab, results)
+        preparing = lab.preparing
+    about |= {
+        "seconds": round(time.monotonic() - began - sum(preparing.values())),
+        "preparing_seconds": preparing,
+        "seed": seed,
+        "quick": options.quick,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    rows = report.rows(results)
+    print("\n" + report.text(rows))
+    if options.json:
+        document = {"machine": about, "samples": results.samples, "notes": results.notes}
+        options.json.write_text(json.dumps(document, indent=1))
+    # A part is for trying; what is kept is one run of everything.
+    if not options.only:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / "main.md").write_text(report.markdown(rows, about))
+        picture.draw(results, RESULTS / "main.png")
+        say(f"written: {RESULTS / 'main.md'}, {RESULTS / 'main.png'}")
+
+
+if __name__ == "__main__":
+    main()

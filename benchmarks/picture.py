@@ -1,0 +1,100 @@
+"""The picture: how soon a guest answers, what travels, and how both grow."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from benchmarks.growth import MEMORIES_MIB, MODELS_MIB
+from benchmarks.report import Figures, image_seconds, stream_seconds
+from benchmarks.results import Results
+from cloudlet.model import MEBIBYTE
+
+_OURS, _STREAM, _IMAGE, _OTHER = "#0072B2", "#E69F00", "#D55E00", "#999999"
+"""Okabe and Ito's colours, which people tell apart whatever colours they see."""
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draw what was measured; panels without figures stay empty."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, panels = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    figures = Figures(results)
+    for panel, fill in zip(panels.flat, (_answers, _rates, _bytes, _growth), strict=True):
+        with suppress(LookupError):
+            fill(panel, figures)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _answers(panel: Any, f: Figures) -> None:
+    bars = [
+        ("resume of a base (its agent)", f("resume.answer_s"), _OURS),
+        ("synthesis, local overlay", f("synthesis.answer_s"), _OURS),
+        ("QEMU: full stream restore", f("restore_s"), _STREAM),
+        ("QEMU: loadvm", f("loadvm_s"), _STREAM),
+        ("cold boot of the base (its agent)", f("boot.base_s"), _IMAGE),
+        ("cold boot of the full image", f("boot.full_s"), _IMAGE),
+    ]
+    _bars(panel, bars, "{:.2f} s")
+    panel.set_xscale("log")
+    panel.set_xlabel("seconds to the first answer (logarithmic)")
+    panel.set_title("All bytes are here", loc="left")
+
+
+def _rates(panel: Any, f: Figures) -> None:
+    bars = []
+    for mbit in (100, 10):
+        image = f("image_100_s") if mbit == 100 else image_seconds(f, mbit)
+        stream = f("stream_100_s") if mbit == 100 else stream_seconds(f, mbit)
+        bars += [
+            (f"{mbit} Mbit/s: synthesis", f(f"synthesis_{mbit}.answer_s"), _OURS),
+            (f"{mbit} Mbit/s: full stream", stream, _STREAM),
+            (f"{mbit} Mbit/s: full image + boot", image, _IMAGE),
+        ]
+    _bars(panel, bars, "{:.1f} s")
+    panel.set_xscale("log")
+    panel.set_xlabel("seconds to the first answer (logarithmic)")
+    panel.set_title("The bytes have to come first", loc="left")
+
+
+def _bytes(panel: Any, f: Figures) -> None:
+    bars = [
+        ("overlay", f("created_overlay_bytes"), _OURS),
+        ("overlay on a default guest", f("default.created_overlay_bytes"), _OURS),
+        ("all changed pages, zstd -3", f("plain_delta_bytes"), _OTHER),
+        ("full stream, zstd -3", f("stream_zstd_bytes"), _STREAM),
+        ("full image, qcow2 with zstd", f("image_bytes"), _IMAGE),
+    ]
+    _bars(panel, [(name, count / MEBIBYTE, colour) for name, count, colour in bars], "{:.0f} MiB")
+    panel.set_xlabel("MiB")
+    panel.set_title("What travels", loc="left")
+
+
+def _growth(panel: Any, f: Figures) -> None:
+    sizes = [f(f"growth.model_{mib}.overlay_bytes") / MEBIBYTE for mib in MODELS_MIB]
+    seconds = [f(f"growth.model_{mib}.answer_s") for mib in MODELS_MIB]
+    panel.plot(sizes, seconds, "o-", color=_OURS, label="overlays of three sizes, 512 MiB of RAM")
+    for mib, marker in zip(MEMORIES_MIB, "^sDv", strict=True):
+        size = f(f"growth.memory_{mib}.overlay_bytes") / MEBIBYTE
+        panel.plot(
+            [size], [f(f"growth.memory_{mib}.answer_s")], marker, color=_IMAGE, label=f"{mib} MiB of RAM"
+        )
+    panel.set_xlim(left=0)
+    panel.set_ylim(bottom=0)
+    panel.set_xlabel("overlay, MiB")
+    panel.set_ylabel("seconds to the first answer")
+    panel.legend(frameon=False)
+    panel.set_title("Synthesis grows with the overlay, not with the guest", loc="left")
+
+
+def _bars(panel: Any, bars: list[tuple[str, float, str]], label: str) -> None:
+    names, values, colours = zip(*reversed(bars), strict=True)
+    drawn = panel.barh(names, values, color=colours)
+    panel.bar_label(drawn, [label.format(value) for value in values], padding=3)
+    panel.margins(x=0.15)

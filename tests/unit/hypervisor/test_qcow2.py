@@ -1,0 +1,156 @@
+"""The disk's qcow2 file, as QEMU's own tools read it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cloudlet.errors import FailedError
+from cloudlet.hypervisor.qemu.qcow2 import Qcow2Writer, changed_ranges
+from cloudlet.model import GIBIBYTE
+
+BLOCK = 4096
+LARGE = 8 * GIBIBYTE
+
+
+def tool(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def content(block: int) -> np.ndarray[Any, Any]:
+    row = np.zeros(BLOCK, np.uint8)
+    row[:] = np.frombuffer(block.to_bytes(4, "little") * (BLOCK // 4), np.uint8)
+    return row ^ 0x5A
+
+
+def write(path: Path, size: int, blocks: list[int], order: list[int] | None = None) -> None:
+    """A file with these blocks (sorted), written in another order and in several calls."""
+    writer = Qcow2Writer(path, size)
+    try:
+        writer.announce(np.array(blocks, np.uint32))
+        order = blocks if order is None else order
+        for at in range(0, len(order), 700):
+            part = order[at : at + 700]
+            writer.write(np.array(part, np.uint32), np.stack([content(block) for block in part]))
+    finally:
+        writer.close()
+        writer.close()
+
+
+def check(path: Path, size: int, blocks: list[int]) -> None:
+    """That QEMU finds the file whole, and in it these blocks and nothing else."""
+    assert "No errors" in tool("qemu-img", "check", "-f", "qcow2", str(path))
+    assert json.loads(tool("qemu-img", "info", "--output=json", str(path)))["virtual-size"] == size
+    found = {}
+    with path.open("rb") as file:
+        for start, length, offset in changed_ranges(path):
+            assert offset is not None
+            for at in range(0, length, BLOCK):
+                found[(start + at) // BLOCK] = os.pread(file.fileno(), BLOCK, offset + at)
+    assert sorted(found) == blocks
+    assert all(found[block] == content(block).tobytes() for block in blocks)
+
+
+def check_whole(path: Path, size: int, blocks: list[int], raw: Path) -> None:
+    tool("qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(path), str(raw))
+    model = np.zeros((size // BLOCK, BLOCK), np.uint8)
+    for block in blocks:
+        model[block] = content(block)
+    assert raw.read_bytes() == model.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("size", "blocks"),
+    [
+        (LARGE, []),
+        (LARGE, [0]),
+        (LARGE, [LARGE // BLOCK - 1]),
+        (LARGE, [0, 511, 512, 1023, 1024, LARGE // BLOCK - 1]),
+        (LARGE, list(range(0, LARGE // BLOCK, 512 * 16))),
+        (BLOCK, [0]),
+        (BLOCK * 513, [0, 512]),
+    ],
+    ids=["none", "first", "last", "edges", "a block in many tables", "one block", "odd size"],
+)
+def test_blocks_are_where_they_belong(tmp_path: Path, size: int, blocks: list[int]) -> None:
+    write(tmp_path / "disk", size, blocks)
+    check(tmp_path / "disk", size, blocks)
+
+
+def test_more_blocks_than_one_count_block_counts(tmp_path: Path) -> None:
+    size = 40 << 20
+    blocks = list(range(5000))
+    write(tmp_path / "disk", size, blocks)
+    check(tmp_path / "disk", size, blocks)
+    check_whole(tmp_path / "disk", size, blocks, tmp_path / "raw")
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_any_blocks_in_any_order(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.mktemp("qcow2")
+    size = data.draw(st.integers(1, 2048)) * BLOCK
+    blocks = sorted(data.draw(st.sets(st.integers(0, size // BLOCK - 1), max_size=300)))
+    write(folder / "disk", size, blocks, data.draw(st.permutations(blocks)))
+    check(folder / "disk", size, blocks)
+    check_whole(folder / "disk", size, blocks, folder / "raw")
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.sets(st.integers(0, LARGE // BLOCK - 1), min_size=1, max_size=60))
+@example({0, LARGE // BLOCK - 1})
+def test_any_blocks_of_a_large_disk(tmp_path_factory: pytest.TempPathFactory, blocks: set[int]) -> None:
+    folder = tmp_path_factory.mktemp("qcow2-large")
+    write(folder / "disk", LARGE, sorted(blocks))
+    check(folder / "disk", LARGE, sorted(blocks))
+
+
+def test_a_block_that_comes_again_replaces_the_first(tmp_path: Path) -> None:
+    writer = Qcow2Writer(tmp_path / "disk", 1 << 20)
+    writer.announce(np.array([3, 9], np.uint32))
+    writer.write(np.array([9, 3], np.uint32), np.stack([content(1), content(2)]))
+    writer.write(np.array([9, 3], np.uint32), np.stack([content(9), content(3)]))
+    writer.close()
+    check(tmp_path / "disk", 1 << 20, [3, 9])
+
+
+def test_a_block_that_did_not_come_is_zeros(tmp_path: Path) -> None:
+    write(tmp_path / "disk", 1 << 20, [3, 9, 200], [200])
+    assert "No errors" in tool("qemu-img", "check", "-f", "qcow2", str(tmp_path / "disk"))
+    check_whole(tmp_path / "disk", 1 << 20, [200], tmp_path / "raw")
+
+
+def test_qemu_can_write_on_in_the_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "disk")
+    write(tmp_path / "disk", LARGE, [0, 700, LARGE // BLOCK - 1])
+    # More than the reference counts that are there can count: QEMU has to add some.
+    tool("qemu-io", "-f", "qcow2", "-c", "write -P 7 16M 12M", "-c", f"discard {700 * BLOCK} 4k", path)
+    assert "No errors" in tool("qemu-img", "check", "-f", "qcow2", path)
+    tool("qemu-io", "-f", "qcow2", "-c", "read -P 7 16M 12M", path)
+    blocks: dict[int, bool] = {}
+    for start, length, offset in changed_ranges(tmp_path / "disk"):
+        blocks |= dict.fromkeys(range(start // BLOCK, (start + length) // BLOCK), offset is None)
+    assert sorted(blocks) == [0, 700, *range(4096, 7168), LARGE // BLOCK - 1]
+    assert [block for block, zero in blocks.items() if zero] == [700]
+
+
+def test_the_file_must_be_new(tmp_path: Path) -> None:
+    (tmp_path / "disk").touch()
+    with pytest.raises(FileExistsError):
+        Qcow2Writer(tmp_path / "disk", BLOCK)
+
+
+def test_a_file_that_is_no_disk(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(b"no disk")
+    with pytest.raises(FailedError, match="qemu-img cannot read"):
+        changed_ranges(tmp_path / "disk")

@@ -15,9 +15,10 @@ from benchmarks.results import Results, machine
 
 PARTS: dict[str, tuple[Callable[[Lab, Results], None], ...]] = {
     "resume": (starts.resume,),
-    "local": (starts.local, starts.qemu),
+    "local": (starts.local,),
+    "qemu": (starts.qemu,),
     "transfers": (transfers.synthesised, transfers.images, transfers.streams),
-    "create": (creation.create,),
+    "create": (creation.create, creation.sizes),
     "stages": (creation.stages,),
     "engine": (engine_run.throughput, engine_run.memory),
     "density": (density.density, density.restored),

@@ -52,7 +52,8 @@ def restored(lab: Lab, results: Results) -> None:
         descriptor = os.open(stream, os.O_RDONLY)
         with plain.run(lab.settings, disk, REFERENCE_PORT, incoming=descriptor) as instance:
             os.close(descriptor)
-            wait_answer(instance, Reference(MODEL_MIB, lab.seed))
+            plain.run_on(instance)
+            wait_answer(instance, Reference(MODEL_MIB, lab.seed), 60.0)
             time.sleep(_IDLE_SECONDS)
             results.add("density.restored.all_mib", _memory(instance.directory)["all"] / 1024)
 

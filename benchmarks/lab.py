@@ -34,6 +34,7 @@ from cloudlet.store.bases import Base
 
 CHECKOUT = Path(__file__).parents[1]
 KEPT = CHECKOUT / ".setup" / "bench"
+ROUTE_PLANNER = CHECKOUT / "examples" / "route-planner"
 MEMORY_MIB, MODEL_MIB = 512, 16
 _GUEST = CHECKOUT / "src" / "cloudlet" / "guests" / "debian"
 _SHUT_DOWN_SECONDS = 120.0
@@ -130,13 +131,15 @@ class Lab:
         model_mib: int = MODEL_MIB,
         told: Callable[[str], None] | None = None,
         *,
+        recipe: Path = REFERENCE,
         plain_delta: bool = False,
     ) -> Published:
-        """Make the reference application's overlay, now."""
+        """Make the overlay of the reference application, or of another recipe, now."""
         os.environ["REFERENCE_MIB"] = str(model_mib)
+        build = KEPT / "recipes" / (recipe.name if recipe != REFERENCE else f"{recipe.name}-{model_mib}")
         return create_overlay(
-            self.site, base, REFERENCE, output, build_folder=self.scratch / f"build-{model_mib}",
-            sign=self.site.keys.signer(), say=told or _quietly, plain_delta=plain_delta,
+            self.site, base, recipe, output, build_folder=build, sign=self.site.keys.signer(),
+            say=told or _quietly, plain_delta=plain_delta,
         )  # fmt: skip
 
     def customised_image(self) -> plain.Plain:
@@ -145,11 +148,15 @@ class Lab:
         disk = KEPT / "images" / f"{overlay.stem}.raw"
         if not disk.exists():
             with self._prepares("full customised image"), _made(disk) as new:
-                return _with_disk(full_image(self.site, overlay, new), disk)
+                return _with_disk(full_image(self.site, overlay, new, self.disk_changes()), disk)
         base = self.base()
         return plain.Plain(
             base.machine, disk, base.image().kernel, base.image().initrd, best_cmdline(base), "raw"
         )
+
+    def disk_changes(self) -> Path:
+        """What the customised image changed on the base's disk: a machine restored elsewhere needs it too."""
+        return KEPT / "images" / f"{self.overlay().stem}.changes.qcow2"
 
     def _image(self, key: str) -> Path:
         folder = KEPT / "images" / f"guest-{key}"
@@ -173,8 +180,11 @@ class Lab:
         self.preparing[what] = round(time.monotonic() - began, 1)
 
 
-def full_image(site: Site, overlay: Path, disk: Path) -> plain.Plain:
-    """What a clone of an overlay has on its disk, shut down cleanly, as one raw image that boots."""
+def full_image(site: Site, overlay: Path, disk: Path, changes: Path | None = None) -> plain.Plain:
+    """What a clone of an overlay has on its disk, shut down cleanly, as one raw image that boots.
+
+    :param changes: where to put what of it differs from the base, as a qcow2 file compressed with zstd.
+    """
     with (
         open_source(str(overlay), io.BytesIO()) as source,
         synthesise(site, source, allow_unsigned=True) as made,
@@ -188,7 +198,11 @@ def full_image(site: Site, overlay: Path, disk: Path) -> plain.Plain:
             "file": {"driver": "file", "filename": str(instance.directory / DISK)},
             "backing": {"driver": "raw", "file": {"driver": "file", "filename": str(base.image().disk)}},
         }
-        tool(["qemu-img", "convert", "-O", "raw", "-S", "4k", f"json:{json.dumps(top)}", str(disk)])
+        whole = f"json:{json.dumps(top)}"
+        tool(["qemu-img", "convert", "-O", "raw", "-S", "4k", whole, str(disk)])
+        if changes:
+            command = ["qemu-img", "convert", "-O", "qcow2", "-c", "-o", "compression_type=zstd", "-F", "raw"]
+            tool([*command, "-B", str(base.image().disk), whole, str(changes)])
     image = base.image()
     return plain.Plain(base.machine, disk, image.kernel, image.initrd, best_cmdline(base), "raw")
 

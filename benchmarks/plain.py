@@ -111,6 +111,18 @@ def run(
         yield instance
 
 
+def run_on(instance: QemuInstance) -> None:
+    """Let a machine run as soon as its stream is loaded: it was saved paused, and so it comes."""
+    deadline = time.monotonic() + _STREAM_SECONDS
+    monitor = instance.monitor
+    while (status := monitor.execute("query-status")["status"]) == "inmigrate":
+        if time.monotonic() > deadline:
+            raise FailedError("QEMU does not load the stream")
+        time.sleep(0.005)
+    if status != "running":
+        monitor.execute("cont")
+
+
 def save_stream(instance: QemuInstance, path: Path) -> float:
     """Save a paused machine as QEMU does, devices and all memory, to a file; the seconds it took."""
     monitor = instance.monitor

@@ -48,6 +48,9 @@ def local(lab: Lab, results: Results) -> None:
     results.add("overlay_bytes", overlay.stat().st_size)
     for turn in range(lab.times(9, 3)):
         synthesis(lab, results, "synthesis", str(overlay), ask, whole=turn == 0)
+    with resume_base(lab.site, lab.base()):
+        for _ in range(lab.times(5, 2)):
+            synthesis(lab, results, "synthesis_beside", str(overlay), ask)
     for _ in range(lab.times(5, 1)):
         results.add("synthesis.command_s", _command(lab, overlay, ask))
     image = lab.customised_image()
@@ -69,7 +72,7 @@ def qemu(lab: Lab, results: Results) -> None:
         for turn in range(lab.times(5, 2)):
             began = time.monotonic()
             with plain.run(lab.settings, disk, REFERENCE_PORT, extra=["-loadvm", "warm"]) as instance:
-                wait_answer(instance, ask)
+                wait_answer(instance, ask, 60.0)
                 results.add("loadvm_s", time.monotonic() - began)
                 if turn == 0:
                     ask.whole(url_of(instance))
@@ -79,7 +82,8 @@ def qemu(lab: Lab, results: Results) -> None:
             began = time.monotonic()
             with plain.run(lab.settings, disk, REFERENCE_PORT, incoming=descriptor) as instance:
                 os.close(descriptor)
-                wait_answer(instance, ask)
+                plain.run_on(instance)
+                wait_answer(instance, ask, 60.0)
                 results.add("restore_s", time.monotonic() - began)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -49,7 +50,9 @@ def images(lab: Lab, results: Results) -> None:
     image = lab.customised_image()
     packed = lab.scratch / "image.qcow2"
     results.add("image_bytes", compress_image(image.disk, packed))
-    download_and_boot(lab.settings, image, packed, REFERENCE_PORT, ask, results, lab.scratch)
+    whole, boot = download_and_boot(lab.settings, image, packed, REFERENCE_PORT, ask, lab.scratch)
+    results.add("image_100_s", whole)
+    results.add("image.boot_s", boot)
 
 
 def download_and_boot(
@@ -58,42 +61,41 @@ def download_and_boot(
     packed: Path,
     port: int,
     ask: Question,
-    results: Results,
     scratch: Path,
-) -> None:
-    """Download at 100 Mbit/s, boot from what has come; samples ``image_100_s`` and ``image.boot_s``."""
+) -> tuple[float, float]:
+    """Download at 100 Mbit/s and boot from what has come: seconds of both, and of the boot alone."""
     here = scratch / "downloaded.qcow2"
     with served(packed) as url:
         began = time.monotonic()
-        with (
-            open_source(url, io.BytesIO(), bytes_per_second(100)) as source,
-            here.open("wb") as file,
-        ):
-            while piece := source.read(_PIECE):
-                file.write(piece)
+        _download(url, here)
         came = time.monotonic()
         downloaded = plain.Plain(image.machine, here, image.kernel, image.initrd, image.cmdline)
         with plain.run(settings, downloaded, port) as instance:
             wait_answer(instance, ask)
-            results.add("image_100_s", time.monotonic() - began)
-            results.add("image.boot_s", time.monotonic() - came)
+            answered = time.monotonic()
     here.unlink()
+    return answered - began, answered - came
 
 
 def streams(lab: Lab, results: Results) -> None:
-    """QEMU's full stream, compressed, at 100 Mbit/s, decompressed and restored while it comes."""
+    """QEMU's full stream at 100 Mbit/s, compressed, restored while it comes; before it the disk's changes."""
     ask = Reference(MODEL_MIB, lab.seed)
     with saved(lab, results) as (disk, stream):
         packed = stream.with_suffix(".zst")
         results.add("stream_zstd_bytes", compress_into(stream, packed))
-        with served(packed) as url:
+        changes = lab.scratch / "changes.qcow2"
+        shutil.copyfile(lab.disk_changes(), changes)
+        results.add("disk_changes_bytes", changes.stat().st_size)
+        with served(packed) as url, served(changes) as first_url:
             tool(["qemu-img", "snapshot", "-a", "warm", str(disk.disk)])
             began = time.monotonic()
+            _download(first_url, lab.scratch / "came.qcow2")
             with (
                 _decompressing(url, bytes_per_second(100)) as pipe,
                 plain.run(lab.settings, disk, REFERENCE_PORT, incoming=pipe) as instance,
             ):
-                wait_answer(instance, ask)
+                plain.run_on(instance)
+                wait_answer(instance, ask, 60.0)
                 results.add("stream_100_s", time.monotonic() - began)
 
 
@@ -125,8 +127,20 @@ def compress_into(path: Path, packed: Path) -> int:
     return packed.stat().st_size
 
 
+def wire(count: float, mbit: float) -> float:
+    """Seconds that so many bytes take on a link."""
+    return count * 8 / 1e6 / mbit
+
+
 def bytes_per_second(mbit: float) -> float:
     return mbit * 1e6 / 8
+
+
+def _download(url: str, path: Path) -> None:
+    """Download at 100 Mbit/s."""
+    with open_source(url, io.BytesIO(), bytes_per_second(100)) as source, path.open("wb") as file:
+        while piece := source.read(_PIECE):
+            file.write(piece)
 
 
 @contextmanager

@@ -11,7 +11,10 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 
+import numpy as np
 from blake3 import blake3
+
+from cloudlet.model import PAGE_BYTES
 
 CHUNK_BYTES = 1 << 20
 _ZEROS = bytes(CHUNK_BYTES)
@@ -29,9 +32,10 @@ def data_ranges(descriptor: int, start: int = 0, end: int | None = None) -> Iter
 
 
 def copy_data(source: int, target: int) -> None:
-    """Copy the data of a file to the same places of another that is empty; holes stay holes."""
+    """Copy the data of a file to the same places of another that is empty; pages of zeros become holes."""
     for number, chunk in chunks(source):
-        write_at(target, chunk, number * CHUNK_BYTES)
+        for start, end in _filled(chunk):
+            write_at(target, chunk[start:end], number * CHUNK_BYTES + start)
 
 
 def chunks(descriptor: int) -> Iterator[tuple[int, memoryview]]:
@@ -82,6 +86,17 @@ def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
+
+
+def _filled(chunk: memoryview) -> Iterator[tuple[int, int]]:
+    """From and to of the stretches of whole pages that are not all zeros; a last piece of a page is one."""
+    whole = len(chunk) // PAGE_BYTES * PAGE_BYTES
+    words = np.frombuffer(chunk[:whole], np.uint64).reshape(-1, PAGE_BYTES // 8)
+    edges = np.diff(np.bitwise_or.reduce(words, axis=1) != 0, prepend=False, append=False)
+    for start, end in (np.flatnonzero(edges).reshape(-1, 2) * PAGE_BYTES).tolist():
+        yield start, end
+    if whole < len(chunk):
+        yield whole, len(chunk)
 
 
 def _next_data(descriptor: int, position: int) -> int | None:

@@ -126,7 +126,7 @@ def copy(source: Path, target: Path) -> None:
 
 @pytest.fixture
 def small_place(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A folder with little room, a file system of its own: ``parametrize(..., indirect=True)`` gives its size."""
+    """A folder with little room, a file system of its own, of the size that an indirect parameter gives."""
     if os.geteuid() != 0:
         pytest.skip("only root can make a small file system")
     place = tmp_path / "small"

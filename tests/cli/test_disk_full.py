@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Hello
+from tests.cli.moments import import_arguments
 from tests.cli.test_corruption import refused
-from tests.cli.test_killed import import_arguments
 from tests.cli.traces import running, traces
 from tests.conftest import CommandLine, Finished
 from tests.images.build import build

@@ -5,49 +5,38 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
 import pytest
 
-from cloudlet.hypervisor.records import ProcessId, processes_of, read_record
+from cloudlet.hypervisor.records import ProcessId, Workspace, abandon, processes_of, read_record
 from cloudlet.settings import Settings
 from tests.cli.conftest import Hello
-from tests.cli.traces import DEADLINE, Cut, cut, marked, running, traces
+from tests.cli.moments import (
+    CREATE_SECONDS,
+    IMPORT_SECONDS,
+    RUN_SECONDS,
+    create_arguments,
+    cut,
+    import_arguments,
+    killed,
+    told_to_end,
+)
+from tests.cli.traces import DEADLINE, marked, running, traces
 from tests.conftest import CommandLine
 from tests.images.build import TestImage, build
 
 pytestmark = pytest.mark.qemu
 
 SEED = 20240605
-RUN_SECONDS, CREATE_SECONDS, IMPORT_SECONDS = 1.3, 2.3, 9.0
-"""About how long the commands take here; moments are chosen up to there."""
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.fixture
 def image(images: Path) -> TestImage:
     return build("quick", images)
-
-
-def import_arguments(image: TestImage) -> list[str | Path]:
-    assert image.kernel and image.initrd
-    memory = f"{image.memory_mib}M"
-    kernel = ["--kernel", image.kernel, "--initrd", image.initrd, "--cmdline", image.cmdline]
-    return ["base", "import", image.disk, "--name", "imported", "--memory", memory, *kernel]
-
-
-def create_arguments(hello: Hello, output: Path) -> list[str | Path]:
-    return ["overlay", "create", hello.base_id, "--recipe", hello.recipe, "-o", output]
-
-
-def killed(cloudlet: CommandLine, arguments: list[str | Path], delay: float) -> list[str]:
-    """What is left of a command after its death and one ``cloudlet ps``."""
-    done = cut(cloudlet, arguments, signal.SIGKILL, delay)
-    assert done.status in (-signal.SIGKILL, 0), done
-    listed = cloudlet("ps")
-    assert listed.status == 0, listed.err
-    return traces(cloudlet.settings)
 
 
 def test_run_killed_at_any_moment_leaves_nothing(hello: Hello, cloudlet: CommandLine) -> None:
@@ -74,9 +63,10 @@ def test_overlay_create_killed_leaves_nothing(hello: Hello, cloudlet: CommandLin
     rng = random.Random(SEED)
     output = tmp_path / "output"
     output.mkdir()
+    create = create_arguments(hello.base_id, hello.recipe, output / "x.overlay")
     for _ in range(2):
         delay = rng.uniform(0.5, CREATE_SECONDS)
-        assert killed(cloudlet, create_arguments(hello, output / "x.overlay"), delay) == []
+        assert killed(cloudlet, create, delay) == [], f"killed after {delay:.3f} s"
         assert list(output.iterdir()) in ([], [output / "x.overlay"])
 
 
@@ -85,14 +75,6 @@ def test_base_import_killed_leaves_nothing(image: TestImage, cloudlet: CommandLi
     for _ in range(2):
         delay = rng.uniform(0.4, IMPORT_SECONDS * 0.8)
         assert killed(cloudlet, import_arguments(image), delay) == [], f"killed after {delay:.3f} s"
-
-
-def told_to_end(
-    cloudlet: CommandLine, arguments: list[str | Path], longest: float, rng: random.Random, *folders: Path
-) -> Cut:
-    """A random signal at a random moment, half the time twice in quick succession."""
-    again = rng.uniform(0, 0.1) if rng.random() < 0.5 else None
-    return cut(cloudlet, arguments, rng.choice(ENDS), rng.uniform(0, longest), *folders, again_after=again)
 
 
 def test_run_told_to_end_at_any_moment(hello: Hello, cloudlet: CommandLine) -> None:
@@ -106,8 +88,9 @@ def test_overlay_create_told_to_end(hello: Hello, cloudlet: CommandLine, tmp_pat
     rng = random.Random(SEED)
     output = tmp_path / "output"
     output.mkdir()
+    create = create_arguments(hello.base_id, hello.recipe, output / "x.overlay")
     for _ in range(3):
-        done = told_to_end(cloudlet, create_arguments(hello, output / "x.overlay"), 1.2, rng, output)
+        done = told_to_end(cloudlet, create, 0.9, rng, output)
         assert done.clean, done
         assert list(output.iterdir()) == []
 
@@ -186,3 +169,55 @@ def test_nohup_outlives_the_terminal(hello: Hello, cloudlet: CommandLine, settin
 def _children(pid: int) -> list[ProcessId]:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [ProcessId.of(int(child)) for child in children]
+
+
+def test_what_was_killed_before_it_had_a_lock_is_removed(cloudlet: CommandLine) -> None:
+    for folder in (cloudlet.settings.instances_dir, cloudlet.settings.bases_dir):
+        (folder / ".new-0123abcd").mkdir(parents=True)
+    assert cloudlet("ps").status == 0
+    assert traces(cloudlet.settings) == []
+
+
+def test_what_an_interrupted_command_still_holds_is_removed(settings: Settings) -> None:
+    """An interrupt can fall between the making of a workspace and its being remembered."""
+    kept, ours = settings.bases_dir, settings.instances_dir
+    with Workspace.create(kept) as other:
+        workspace = Workspace.create(ours)
+        sleeper = subprocess.Popen(["sleep", "600"], env=workspace.environment())
+        abandon(ours)
+        assert sleeper.wait(DEADLINE) == -signal.SIGKILL
+        assert not workspace.path.exists()
+        assert other.path.exists()
+    workspace.remove()
+
+
+CONNECTING = """
+import os, signal, socket, sys, threading
+from pathlib import Path
+from cloudlet.hypervisor.qemu.monitor import Monitor
+
+def answer():
+    connection, _ = listening.accept()
+    connection.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\\r\\n')
+    connection.recv(1)  # what the client asks next is never answered
+    os.kill(os.getpid(), signal.SIGINT)
+    threading.Event().wait()
+
+listening = socket.create_server(sys.argv[1], family=socket.AF_UNIX)
+threading.Thread(target=answer, daemon=True).start()
+try:
+    Monitor(Path(sys.argv[1]))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_an_interrupt_while_the_monitor_is_reached_makes_no_noise(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CONNECTING, tmp_path / "monitor"],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "")

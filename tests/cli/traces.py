@@ -1,4 +1,4 @@
-"""What a command may leave behind, which is nothing: where to look, and commands that are cut short."""
+"""What a command may leave behind, which is nothing: where to look for it; and commands that go on."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import os
 import selectors
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from cloudlet.hypervisor.records import MARKER, ProcessId
@@ -84,82 +83,6 @@ def first_line(process: subprocess.Popen[str]) -> str:
         _, err = process.communicate(timeout=DEADLINE)
         raise AssertionError(f"the command ended with {process.returncode}: {err}")
     return line
-
-
-@dataclass
-class Cut:
-    """A command that a signal ended."""
-
-    status: int
-    err: str
-    seconds: float
-    """From the signal to the end."""
-    delay: float
-    traces: list[str] = field(default_factory=list)
-
-    @property
-    def clean(self) -> bool:
-        return self.status == 130 and not self.traces and "Traceback" not in self.err and self.seconds < 10.0
-
-    def __str__(self) -> str:
-        return f"after {self.delay:.3f} s: status {self.status}, left {self.traces}, said {self.err!r}"
-
-
-def cut(
-    cloudlet: CommandLine,
-    arguments: list[str | Path],
-    number: signal.Signals,
-    delay: float,
-    *folders: Path,
-    again_after: float | None = None,
-) -> Cut:
-    """Send a signal to a command, as a terminal does to its whole process group, and see what is left.
-
-    :param delay: seconds after the command hears signals (for SIGKILL: after its start).
-    :param again_after: so much later a second time.
-    """
-    process = subprocess.Popen(
-        cloudlet.argv(*arguments),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=cloudlet.environment,
-        process_group=0,
-    )
-    try:
-        if number is not signal.SIGKILL:
-            _wait_until_it_hears(process, number)
-        time.sleep(delay)  # The moment is what is being tried.
-        began = time.monotonic()
-        _signal_group(process, number)
-        if again_after is not None:
-            time.sleep(again_after)
-            _signal_group(process, number)
-        _, err = process.communicate(timeout=DEADLINE)
-    finally:
-        process.kill()
-        process.wait()
-    seconds = time.monotonic() - began
-    return Cut(process.returncode, err, seconds, delay, traces(cloudlet.settings, *folders))
-
-
-def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
-
-
-def _wait_until_it_hears(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    """Until then the signal would meet the interpreter's start, which is not ours to test."""
-    # SIGTERM tells: the interpreter itself handles SIGINT from its start.
-    deadline = time.monotonic() + DEADLINE
-    while process.poll() is None and time.monotonic() < deadline:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        caught = int(status.partition("SigCgt:")[2].split()[0], 16)
-        if caught >> (signal.SIGTERM - 1) & 1:
-            return
-        time.sleep(0.001)
-    raise AssertionError(f"the command does not hear {number.name}")
 
 
 def _entries(folder: Path) -> list[Path]:

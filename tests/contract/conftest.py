@@ -6,7 +6,6 @@ served on port 8080, and a shell behind the guest agent.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from cloudlet.model import MEBIBYTE, PublishedPort, Readiness
 from cloudlet.overlay.pagemap import PageMap
 from cloudlet.overlay.pages import PageBatch, PageSource, Space, runs_of
 from cloudlet.settings import Settings
+from cloudlet.sparse import copy_data
 from tests.images.build import build
 
 PORT = 8080
@@ -137,7 +137,9 @@ def boot(driver: Driver, tmp_path: Path, request: pytest.FixtureRequest) -> Boot
     if driver.hypervisor.name == "fake":
         return fake_boot(driver.hypervisor, disk)
     image = build("quick", request.getfixturevalue("images"))
-    shutil.copyfile(image.disk, disk)
+    with image.disk.open("rb") as source, disk.open("wb") as target:
+        target.truncate(image.disk.stat().st_size)
+        copy_data(source.fileno(), target.fileno())
     machine = driver.hypervisor.machine(
         memory_bytes=image.memory_mib * MEBIBYTE, disk_bytes=disk.stat().st_size
     )

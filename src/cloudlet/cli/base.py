@@ -177,7 +177,10 @@ class Verify(_OneBase):
 
 
 class Export(_OneBase):
-    """Write a base VM to one file that another site can import and verify."""
+    """Write a base VM to one file that another site can import and verify.
+
+    Example: cloudlet base export debian-12 -o debian-12.base
+    """
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)

@@ -39,8 +39,12 @@ class CloudletApp(App):
     def build_option_parser(
         self, description: str | None, version: str | None, argparse_kwargs: dict[str, Any] | None = None
     ) -> argparse.ArgumentParser:
-        named = {"prog": self.NAME, **(argparse_kwargs or {})}
+        # Our name, whatever file was started.
+        named = {"prog": self.NAME, "conflict_handler": "resolve", **(argparse_kwargs or {})}
         parser = super().build_option_parser(description, version, named)
+        parser.add_argument(
+            "--version", action="version", version=f"{self.NAME} {version}", help="print the version"
+        )
         parser.add_argument("--config-file", metavar="FILE", help="read the settings from this file")
         parser.add_argument("--cache-dir", metavar="DIR", help="where bases are kept")
         parser.add_argument("--state-dir", metavar="DIR", help="where running instances are kept")

@@ -48,7 +48,7 @@ class Show(_Key):
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("name", nargs="?", default=DEFAULT)
+        parser.add_argument("name", nargs="?", default=DEFAULT, help=f"the key (default: {DEFAULT})")
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
@@ -56,7 +56,10 @@ class Show(_Key):
 
 
 class Trust(_Key):
-    """Let overlays run here that are signed by a key."""
+    """Let overlays run here that are signed by a key.
+
+    Example: cloudlet key trust alice alice.pub
+    """
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
@@ -76,7 +79,7 @@ class Distrust(_Key):
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("name")
+        parser.add_argument("name", help="what the key is called here")
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:

@@ -185,7 +185,10 @@ class Verify(_OneOverlay):
 
 
 class PutSignature(_OneOverlay):
-    """Sign an overlay with a key of yours, in place of the signature it has."""
+    """Sign an overlay with a key of yours, in place of the signature it has.
+
+    Example: cloudlet overlay sign route-planner.overlay --key release
+    """
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)

@@ -28,6 +28,8 @@ class Run(CloudletCommand):
 
     OVERLAY is a file, an http(s) URL or - for standard input. The first URL on standard output is the
     endpoint; with -f json all endpoints, the seconds of each step and the bytes are one line of JSON.
+
+    Example: cloudlet run https://example.org/route-planner.overlay -p 8000:8080
     """
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:

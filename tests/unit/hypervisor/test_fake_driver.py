@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -192,7 +195,7 @@ def test_the_driver_is_a_setting(tmp_path: Path) -> None:
         Site.open(load(str(file), **folders))
 
 
-def test_another_packages_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_packages_driver(tmp_path: Path) -> None:
     """A package on the path with an entry point, as an installed one has it."""
     (tmp_path / "others.py").write_text(
         "class Driver:\n    name = 'theirs'\n    def __init__(self, settings):\n"
@@ -203,9 +206,15 @@ def test_another_packages_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[cloudlet.hypervisors]\ntheirs = others:Driver\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    settings = Settings(tmp_path / "c", tmp_path / "s", tmp_path / "k", hypervisor="theirs")
-    opened = Site.open(settings)
-    assert opened.hypervisor.name == "theirs"
-    assert opened.hypervisor.settings is settings
+    script = (
+        "from pathlib import Path\nfrom cloudlet.control.site import Site\n"
+        "from cloudlet.settings import Settings\n"
+        "settings = Settings(Path('c'), Path('s'), Path('k'), hypervisor='theirs')\n"
+        "driver = Site.open(settings).hypervisor\nprint(driver.name, driver.settings is settings)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert result.stdout == "theirs True\n", result.stderr

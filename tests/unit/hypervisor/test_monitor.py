@@ -104,8 +104,9 @@ def test_several_threads_may_ask(qemu: Path) -> None:
 
 def test_two_processes_take_turns(qemu: Path) -> None:
     """QEMU serves one connection at a time; one that is not used is given back, and made again."""
-    with closing(Monitor(qemu)) as one, closing(Monitor(qemu, timeout=10.0)) as other:
-        assert other.execute("query-status")
+    with closing(Monitor(qemu)) as one:
+        with closing(Monitor(qemu, timeout=10.0)) as other:
+            assert other.execute("query-status")
         assert one.execute("query-status")
 
 

@@ -22,6 +22,7 @@ class Reader:
     def __init__(self, raw: bytes) -> None:
         self.file = io.BytesIO(raw)
         self.pages: dict[int, bytes] = {}
+        self.firmware: dict[int, bytes] = {}
         self.blocks: dict[str, int] = {}
         self.machine = ""
         self.devices = b""
@@ -77,9 +78,9 @@ class Reader:
             assert flags & ~0x20 == 0x08, hex(flags)
             if not flags & 0x20:
                 block = self.text("B")
-            assert block == "pc.ram", "a page names no block"
+            assert block in self.blocks, "a page names no block"
             assert address + PAGE <= self.blocks[block]
-            self.pages[address // PAGE] = self.take(PAGE)
+            (self.pages if block == "pc.ram" else self.firmware)[address // PAGE] = self.take(PAGE)
         assert self.number("B") == 0x7E
         assert self.number("I") == section
 
@@ -112,6 +113,16 @@ def test_every_page_and_the_devices_are_read_back(batches: list[list[int]], devi
 
 def test_a_page_beyond_four_gibibytes() -> None:
     assert list(read_back([[1 << 21]], b"", ram_pages=1 << 22).pages) == [1 << 21]
+
+
+def test_the_firmware_is_a_block_of_its_own() -> None:
+    firmware = bytes(PAGE) + b"\1" * PAGE
+    page = stream.pages(np.array([9], np.uint32), np.full((1, PAGE), 9, np.uint8))
+    reader = Reader(stream.opening("m", 1 << 20, firmware) + bytes(page) + stream.closing(b"devices"))
+    reader.read(len(b"devices"))
+    assert reader.blocks == {"pc.ram": 1 << 20, "pc.bios": len(firmware)}
+    assert b"".join(reader.firmware[number] for number in range(2)) == firmware
+    assert reader.pages == {9: b"\x09" * PAGE}
 
 
 def test_a_page_that_comes_again_replaces_the_first() -> None:

@@ -14,10 +14,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cloudlet.errors import CapacityError, FailedError, MismatchError, NotFoundError
+from cloudlet.errors import CapacityError, MismatchError, NotFoundError
 from cloudlet.hypervisor.driver import BaseImage, Boot, Instance
-from cloudlet.hypervisor.qemu import accelerator, changed, launch, ramblocks
-from cloudlet.hypervisor.qemu.incoming import QemuIncoming
+from cloudlet.hypervisor.qemu import accelerator, launch, ramblocks
+from cloudlet.hypervisor.qemu.incoming import QemuIncoming, Starting, wait_network
 from cloudlet.hypervisor.qemu.instance import DISK, UEFI_VARS, QemuInstance
 from cloudlet.hypervisor.qemu.machine import (
     LAYOUT,
@@ -26,8 +26,8 @@ from cloudlet.hypervisor.qemu.machine import (
     Backends,
     command_line,
 )
-from cloudlet.hypervisor.qemu.memory import sealed_ram, writable_ram
-from cloudlet.hypervisor.qemu.network import BoundPort, bind_ports, start_network
+from cloudlet.hypervisor.qemu.memory import coming_ram, writable_ram
+from cloudlet.hypervisor.qemu.network import BoundPort, NetworkProcess, bind_ports, start_network
 from cloudlet.hypervisor.qemu.qcow2 import Qcow2Writer
 from cloudlet.hypervisor.qemu.sockets import listen
 from cloudlet.hypervisor.records import (
@@ -40,8 +40,6 @@ from cloudlet.hypervisor.records import (
 )
 from cloudlet.model import Accelerator, Firmware, Machine, PublishedPort
 from cloudlet.settings import Settings
-
-_NETWORK_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +124,11 @@ class QemuHypervisor:
                 uefi_vars=boot.uefi_vars, optical=boot.optical,
             )  # fmt: skip
             record = Record(id=workspace.id, name=name, created=time.time())
-            instance = self._start(plan, workspace, bound, record)
+            instance, network = self._start(plan, workspace, bound, record)
             on_error.callback(instance.stop)
+            on_error.callback(network.release)
+            wait_network(instance, network)
+            network.release()
             instance.fresh_blocks = ramblocks.digests(instance.monitor)
             instance.resume()
             on_error.pop_all()
@@ -150,8 +151,8 @@ class QemuHypervisor:
                 for _, record in records(self._settings.instances_dir)
                 if record.base_id == base.base_id and record.machine and record.ram_descriptor
             ]
-            ram = sealed_ram(base.base_id, base.ram, siblings)
-            always.callback(os.close, ram)
+            ram = coming_ram(base.base_id, base.ram, siblings)
+            on_error.callback(ram.close)
             disk = Qcow2Writer(workspace.path / DISK, base.machine.disk_bytes)
             on_error.callback(disk.close)
             uefi_vars = None
@@ -163,7 +164,7 @@ class QemuHypervisor:
             on_error.callback(os.close, ours)
             plan = _Plan(
                 machine=base.machine, disk=workspace.path / DISK, disk_format="qcow2",
-                backing=base.disk, ram=ram, ram_shared=False, kernel=base.kernel,
+                backing=base.disk, ram=ram.descriptor, ram_shared=False, kernel=base.kernel,
                 initrd=base.initrd, cmdline=base.cmdline, uefi_vars=uefi_vars, incoming=theirs,
             )  # fmt: skip
             record = Record(
@@ -173,11 +174,13 @@ class QemuHypervisor:
                 base_id=base.base_id,
                 overlay_id=overlay_id,
             )
-            instance = self._start(plan, workspace, bound, record)
+            instance, network = self._start(plan, workspace, bound, record)
             on_error.callback(instance.stop)
+            on_error.callback(network.release)
             firmware = self._firmware(base.machine)
             on_error.pop_all()
-            return QemuIncoming(instance, base, ours, disk, firmware)
+            starting = Starting(instance, network, ram)
+            return QemuIncoming(instance, base, ours, disk, starting, firmware)
 
     def instances(self) -> list[Instance]:
         """Adopted from their records; what needs the machine's size, such as a capture, needs its owner."""
@@ -203,7 +206,8 @@ class QemuHypervisor:
 
     def _start(
         self, plan: _Plan, workspace: Workspace, bound: list[BoundPort], record: Record
-    ) -> QemuInstance:
+    ) -> tuple[QemuInstance, NetworkProcess]:
+        """Start a machine and its network; neither is waited for."""
         with folder_lock(self._settings.instances_dir):
             record = replace(
                 record,
@@ -216,12 +220,13 @@ class QemuHypervisor:
                 },
             )
             workspace.write(record)
-        with ExitStack() as always:
+        with ExitStack() as always, ExitStack() as on_error:
             log = _open(always, workspace.path / "network.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             environment = workspace.environment()
             own = {} if record.uid is None else {"uid": record.uid, "gid": record.uid}
             network = start_network(bound, str(workspace.path), log, environment=environment, **own)
-            always.callback(network.release)
+            on_error.callback(network.release)
+            always.callback(network.close_qemu_fd)
             record = replace(record, network=ProcessId(network.pid, network.start_time))
             backends = self._backends(plan, workspace, always, network_end=network.qemu_fd)
             binary, _ = launch.find_qemu(self._settings.qemu_binary)
@@ -229,13 +234,8 @@ class QemuHypervisor:
             process = launch.start(argv, workspace, backends.descriptors(), record.uid)
             record = replace(record, machine=ProcessId.of(process.pid))
             workspace.write(record)
-            network.wait_ready(time.monotonic() + _NETWORK_SECONDS)
-        instance = QemuInstance(workspace.path, record, plan.machine, workspace, process)
-        try:
-            changed.check_access(process.pid)
-        except FailedError as error:
-            raise FailedError(f"QEMU did not start: {instance.last_words() or error}") from error
-        return instance
+            on_error.pop_all()
+        return QemuInstance(workspace.path, record, plan.machine, workspace, process), network
 
     def _backends(
         self, plan: _Plan, workspace: Workspace, always: ExitStack, *, network_end: int

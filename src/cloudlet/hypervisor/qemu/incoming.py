@@ -13,33 +13,81 @@ import errno
 import fcntl
 import os
 import select
+import time
 from collections.abc import Iterator
 
 from cloudlet.errors import CapacityError, FailedError
 from cloudlet.hypervisor.driver import BaseImage, RunState
-from cloudlet.hypervisor.qemu import sections, stream
+from cloudlet.hypervisor.qemu import changed, sections, stream
 from cloudlet.hypervisor.qemu.instance import QemuInstance
+from cloudlet.hypervisor.qemu.memory import ComingRam
+from cloudlet.hypervisor.qemu.network import NetworkProcess
 from cloudlet.hypervisor.qemu.qcow2 import Qcow2Writer
 from cloudlet.overlay.pagemap import PageMap
 from cloudlet.overlay.pages import PageBatch, Space, numbers_of
 
 _PIPE_BYTES = (8 << 20, 1 << 20)
 """Sizes of the pipe to ask for; the first needs a right that root has."""
+_NETWORK_SECONDS = 20.0
 _STALL_SECONDS = 60.0
 """Longest time QEMU may take no bytes."""
+
+
+class Starting:
+    """What a started machine still waits for before it is given anything: its network and its base's RAM.
+
+    QEMU needs longer for its own start than these do, and maps the memory file while it is being filled.
+    """
+
+    def __init__(self, instance: QemuInstance, network: NetworkProcess, ram: ComingRam) -> None:
+        self._instance = instance
+        self._network = network
+        self._ram = ram
+
+    def wait(self) -> None:
+        """Wait until both are there, and look whether QEMU is.
+
+        :raises RefusedError: the user may not have a network, or may not read the machine's memory.
+        :raises CapacityError: there is not enough memory.
+        """
+        wait_network(self._instance, self._network)
+        self._ram.wait()
+        self.close()
+
+    def close(self) -> None:
+        """Close what is held here of them. Can be called again."""
+        self._network.release()
+        self._ram.close()
+
+
+def wait_network(instance: QemuInstance, network: NetworkProcess) -> None:
+    """Wait until a started machine has its network, and look whether it is still there."""
+    network.wait_ready(time.monotonic() + _NETWORK_SECONDS)
+    assert instance.record.machine
+    try:
+        changed.check_access(instance.record.machine.pid)
+    except FailedError as error:
+        raise FailedError(f"QEMU did not start: {instance.last_words() or error}") from error
 
 
 class QemuIncoming:
     """See :class:`cloudlet.hypervisor.driver.Incoming`."""
 
     def __init__(
-        self, instance: QemuInstance, base: BaseImage, pipe: int, disk: Qcow2Writer, firmware: bytes = b""
+        self,
+        instance: QemuInstance,
+        base: BaseImage,
+        pipe: int,
+        disk: Qcow2Writer,
+        starting: Starting,
+        firmware: bytes = b"",
     ) -> None:
         self.instance = instance
         self.patience = _STALL_SECONDS
         self._base = base
         self._pipe = pipe
         self._disk = disk
+        self._starting = starting
         self._firmware = firmware
         os.set_blocking(pipe, False)
         for size in _PIPE_BYTES:
@@ -49,6 +97,7 @@ class QemuIncoming:
 
     def begin(self, page_map: PageMap) -> None:
         """Announce the pages that will come: the disk's tables are written now."""
+        self._starting.wait()
         with _full_disk_is_capacity():
             self._disk.announce(numbers_of(page_map.runs(Space.DISK)))
         machine = self._base.machine
@@ -83,6 +132,7 @@ class QemuIncoming:
         """Give up: nothing of the instance is left."""
         self._close()
         self._disk.close()
+        self._starting.close()
         self.instance.stop()
 
     def _send(self, content: bytes | memoryview) -> None:

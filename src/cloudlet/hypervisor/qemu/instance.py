@@ -143,7 +143,8 @@ class QemuInstance:
 
     def capture(self) -> Capture:
         # What can be done before the pause is: QEMU must answer, and its memory must be readable.
-        monitor, process = self.monitor, self._machine_process()
+        process = self._machine_process()
+        self.monitor.execute("query-status")
         inode = Path(self._ram_path()).stat().st_ino
         mapping = changed.find_mapping(process.pid, inode, self.machine.memory_bytes)
         laps = _Laps()
@@ -244,7 +245,7 @@ class QemuInstance:
         return np.concatenate(numbers).astype(np.uint32) if numbers else np.empty(0, np.uint32)
 
     def _changed_ranges(self) -> Iterator[tuple[int, int, int | None]]:
-        """The changed parts of the disk, as :func:`changed_ranges` gives them, less what is zeros in the base.
+        """The changed parts of the disk as :func:`changed_ranges` gives them, less what is zeros in the base.
 
         A guest that trims its disk gives back all that is free, which is zeros in the base for the most part.
         """

@@ -11,7 +11,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from cloudlet.errors import CapacityError, NotFoundError
@@ -28,15 +29,62 @@ def writable_ram(size: int, name: str) -> int:
     return descriptor
 
 
-def sealed_ram(base_id: str, ram: Path, siblings: Iterable[tuple[ProcessId, int]]) -> int:
-    """The base's RAM as a sealed memory file; the caller closes the descriptor.
+class ComingRam:
+    """A base's RAM as a memory file that may be mapped at once, while a thread still fills and seals it."""
+
+    def __init__(self, descriptor: int, fill: Callable[[int], None] | None = None) -> None:
+        self.descriptor = descriptor
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        if fill:
+            self._thread = threading.Thread(target=self._run, args=(fill,), name="base-ram", daemon=True)
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until all is there and nobody can change it any more.
+
+        :raises CapacityError: there is not enough memory.
+        """
+        if self._thread:
+            self._thread.join()
+        if self._error:
+            raise self._error
+
+    def close(self) -> None:
+        """Close the descriptor; who has mapped the file keeps it. Can be called again."""
+        if self._thread:
+            self._thread.join()
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def _run(self, fill: Callable[[int], None]) -> None:
+        try:
+            fill(self.descriptor)
+        except BaseException as error:  # raised by wait()
+            self._error = error
+
+
+def coming_ram(base_id: str, ram: Path, siblings: Iterable[tuple[ProcessId, int]]) -> ComingRam:
+    """The base's RAM as a sealed memory file, from a sibling or filled while the caller goes on.
 
     :param siblings: running processes that may hold it, each with its number there.
     """
     for process, number in siblings:
         if (descriptor := _take(base_id, process, number)) is not None:
-            return descriptor
-    return _fill(base_id, ram)
+            return ComingRam(descriptor)
+    return _filling(base_id, ram)
+
+
+def sealed_ram(base_id: str, ram: Path, siblings: Iterable[tuple[ProcessId, int]]) -> int:
+    """The same, when all of it is there; the caller closes the descriptor."""
+    coming = coming_ram(base_id, ram, siblings)
+    try:
+        coming.wait()
+    except BaseException:
+        coming.close()
+        raise
+    return coming.descriptor
 
 
 def is_sealed(descriptor: int) -> bool:
@@ -61,31 +109,38 @@ def _take(base_id: str, process: ProcessId, number: int) -> int | None:
     return None
 
 
-def _fill(base_id: str, ram: Path) -> int:
+def _filling(base_id: str, ram: Path) -> ComingRam:
     try:
         source = os.open(ram, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise NotFoundError(
             f"the RAM of base {base_id[:12]} is missing: {ram}", hint="import or build the base again"
         ) from error
+
+    def fill(target: int) -> None:
+        try:
+            copy_data(source, target)
+            fcntl.fcntl(target, fcntl.F_ADD_SEALS, _SEALS)
+        except OSError as error:
+            if error.errno in (errno.ENOMEM, errno.ENOSPC):
+                raise CapacityError(
+                    f"not enough memory for the RAM of base {base_id[:12]}",
+                    hint="stop an instance, or add memory",
+                ) from error
+            raise
+        finally:
+            os.close(source)
+
     target = -1
     try:
         target = os.memfd_create(_name(base_id), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(target, os.fstat(source).st_size)
-        copy_data(source, target)
-        fcntl.fcntl(target, fcntl.F_ADD_SEALS, _SEALS)
-    except OSError as error:
+        return ComingRam(target, fill)
+    except BaseException:
+        os.close(source)
         if target >= 0:
             os.close(target)
-        if error.errno in (errno.ENOMEM, errno.ENOSPC):
-            raise CapacityError(
-                f"not enough memory for the RAM of base {base_id[:12]}",
-                hint="stop an instance, or add memory",
-            ) from error
         raise
-    finally:
-        os.close(source)
-    return target
 
 
 def _name(base_id: str) -> str:

@@ -89,6 +89,10 @@ class Monitor:
             raise FailedError(f"QEMU did not answer {what} within {timeout:.0f} s") from error
         except (QMPError, OSError, EOFError) as error:
             raise FailedError(f"QEMU is gone ({what}: {error})") from error
+        except BaseException:
+            # Interrupted: nobody waits for this call any more, and the loop is about to be stopped.
+            future.cancel()
+            raise
 
     async def _executed(self, command: str, arguments: dict[str, object], descriptor: int = -1) -> Any:
         async with self._connection():
@@ -133,7 +137,10 @@ class Monitor:
         async def end() -> None:
             # A call that was given up closes its socket in its own time, and nobody runs this loop later.
             if others := asyncio.all_tasks() - {asyncio.current_task()}:
-                await asyncio.wait(others, timeout=2.0)
+                _, pending = await asyncio.wait(others, timeout=2.0)
+                for task in pending:
+                    task.cancel()
+                await asyncio.gather(*pending, return_exceptions=True)
 
         with contextlib.suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(end(), self._loop).result(5.0)

@@ -53,15 +53,11 @@ def opening(machine_type: str, ram_bytes: int, firmware: bytes = b"") -> bytes:
     )  # fmt: skip
 
 
-def pages(
-    numbers: np.ndarray[Any, Any], data: np.ndarray[Any, Any], block: str = RAM_BLOCK
-) -> memoryview:
+def pages(numbers: np.ndarray[Any, Any], data: np.ndarray[Any, Any], block: str = RAM_BLOCK) -> memoryview:
     """A part with the pages ``data`` (n, 4096) at the page numbers ``numbers`` (n)."""
     # Only the first page names its block; the others carry "same block" and so make rows of one size.
     first = (
-        struct.pack(">Q", int(numbers[0]) * PAGE_BYTES | _FLAG_PAGE)
-        + bytes([len(block)])
-        + block.encode()
+        struct.pack(">Q", int(numbers[0]) * PAGE_BYTES | _FLAG_PAGE) + bytes([len(block)]) + block.encode()
     )
     head = _SECTION_PART + struct.pack(">I", _RAM_SECTION) + first
     end = _end_of_part()

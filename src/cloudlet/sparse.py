@@ -93,8 +93,8 @@ def _filled(chunk: memoryview) -> Iterator[tuple[int, int]]:
     whole = len(chunk) // PAGE_BYTES * PAGE_BYTES
     words = np.frombuffer(chunk[:whole], np.uint64).reshape(-1, PAGE_BYTES // 8)
     edges = np.diff(np.bitwise_or.reduce(words, axis=1) != 0, prepend=False, append=False)
-    for start, end in (np.flatnonzero(edges).reshape(-1, 2) * PAGE_BYTES).tolist():
-        yield start, end
+    bounds = (np.flatnonzero(edges).reshape(-1, 2) * PAGE_BYTES).tolist()
+    yield from ((start, end) for start, end in bounds)
     if whole < len(chunk):
         yield whole, len(chunk)
 

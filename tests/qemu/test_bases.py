@@ -26,7 +26,7 @@ from cloudlet.control.readiness import wait_ready
 from cloudlet.control.site import Site
 from cloudlet.control.source import open_source
 from cloudlet.control.synthesis import Synthesised, synthesise
-from cloudlet.errors import NotFoundError
+from cloudlet.errors import FailedError, NotFoundError
 from cloudlet.hypervisor.driver import Instance
 from cloudlet.hypervisor.qemu.instance import QemuInstance
 from cloudlet.model import MEBIBYTE, Firmware, GuestPort, PublishedPort, Readiness
@@ -87,9 +87,6 @@ class Kept:
 @pytest.fixture(scope="session")
 def kept(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Kept:
     return Kept(images, tmp_path_factory.mktemp("import"))
-
-
-# --- without an agent ---
 
 
 @pytest.fixture(scope="module")
@@ -223,15 +220,14 @@ def fetch(port: int, path: str, wanted: bytes) -> None:
         assert answer.read() == wanted
 
 
-# --- with an agent, or another's ---
-
-
 def recipe_overlay(site: Site, base: Base, folder: Path, run: str) -> Path:
     """An overlay made by a recipe with a file and a command."""
     recipe, output = folder / "recipe", folder / "made.overlay"
     (recipe / "files").mkdir(parents=True)
     (recipe / "files" / "word").write_text("from the recipe")
-    (recipe / "recipe.yaml").write_text(f"name: made\nfiles: [{{from: files/, to: /srv/made/}}]\nrun: ['{run}']\n")
+    (recipe / "recipe.yaml").write_text(
+        f"name: made\nfiles: [{{from: files/, to: /srv/made/}}]\nrun: ['{run}']\n"
+    )
     create_overlay(
         site, base, recipe, output, build_folder=folder / "build", sign=site.keys.signer(), say=print
     )
@@ -244,7 +240,7 @@ def reboot(instance: QemuInstance) -> None:
     guest.shell(instance, "(sleep 1; reboot) > /dev/null 2>&1 &", timeout=60.0)
     deadline = time.monotonic() + REBOOT_SECONDS
     while True:
-        with suppress(AssertionError, Exception):
+        with suppress(AssertionError, FailedError):
             if guest.shell(instance, "cat /proc/sys/kernel/random/boot_id", timeout=5.0) != before:
                 return
         assert not instance.wait(0.5), f"the machine ended: {instance.last_words()}"

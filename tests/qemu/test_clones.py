@@ -46,7 +46,9 @@ def overlay(site: Site, base: Base, tmp_path: Path) -> Path:
     """An overlay of the base as it runs, with a machine id."""
     path = tmp_path / "clone.overlay"
     with guest.resumed(site, base) as instance:
-        guest.shell(instance, "[ -s /etc/machine-id ] || tr -d - < /proc/sys/kernel/random/uuid > /etc/machine-id")
+        guest.shell(
+            instance, "[ -s /etc/machine-id ] || tr -d - < /proc/sys/kernel/random/uuid > /etc/machine-id"
+        )
         guest.pack(base, instance.capture(), path)
     return path
 
@@ -80,7 +82,9 @@ def test_each_clone_has_an_identity_of_its_own(site: Site, base: Base, overlay: 
         assert len(generations) == 2
 
 
-def test_the_kernel_knows_that_it_is_a_copy_and_draws_other_numbers(site: Site, base: Base, overlay: Path) -> None:
+def test_the_kernel_knows_that_it_is_a_copy_and_draws_other_numbers(
+    site: Site, base: Base, overlay: Path
+) -> None:
     with guest.clone_of(site, base, overlay) as one, guest.clone_of(site, base, overlay) as other:
         # Nobody has mixed anything into these guests: it is the generation ID alone that tells the kernel.
         drawn = [guest.shell(clone, _RANDOM) for clone in (one, other)]
@@ -102,7 +106,9 @@ def test_what_one_clone_changes_the_other_does_not_see(
     guest.shell(one, change)
     for path, known in (("/root/known", warm.on_disk), ("/run/known", warm.in_memory)):
         assert guest.shell(one, f"sha256sum < {path}").split()[0] != known
-        assert guest.shell(other, f"echo 3 > /proc/sys/vm/drop_caches; sha256sum < {path}").split()[0] == known
+        assert (
+            guest.shell(other, f"echo 3 > /proc/sys/vm/drop_caches; sha256sum < {path}").split()[0] == known
+        )
     with guest.clone_of(site, warm_base, warm.overlay) as later:
         for path, known in (("/root/known", warm.on_disk), ("/run/known", warm.in_memory)):
             assert guest.shell(later, f"sha256sum < {path}").split()[0] == known

@@ -141,7 +141,10 @@ def test_the_disk_of_a_clone_that_was_shut_down_is_clean(
     assert subprocess.run(["e2fsck", "-p", disk], check=False, timeout=60).returncode in (0, 1)
     checked = subprocess.run(["e2fsck", "-fn", disk], capture_output=True, check=False, timeout=60)
     assert checked.returncode == 0, checked.stdout.decode()
-    for inside, want in (("/root/clone", b"written by the clone\n"), ("/root/late", b"not-yet-on-the-disk\n")):
+    for inside, want in (
+        ("/root/clone", b"written by the clone\n"),
+        ("/root/late", b"not-yet-on-the-disk\n"),
+    ):
         command = ["debugfs", "-R", f"cat {inside}", str(disk)]
         assert subprocess.run(command, capture_output=True, check=True, timeout=60).stdout == want
     known = tmp_path / "known"

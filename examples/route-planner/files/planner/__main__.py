@@ -14,8 +14,13 @@ import signal
 import socket
 import threading
 
-from .server import Server
-from .service import Handler
+ENDS = {signal.SIGTERM, signal.SIGINT}
+# Before the solver is imported: its libraries start threads, and a thread that does not block these
+# signals would be given them, and end the process at once.
+signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+
+from .server import Server  # noqa: E402
+from .service import Handler  # noqa: E402
 
 WARM_UP_SECONDS = 240  # an emulated processor included
 
@@ -27,15 +32,13 @@ def main() -> None:
     arguments.add_argument("--port", type=int, default=8080, help="0 takes a free one")
     arguments.add_argument("--warm-up", type=pathlib.Path, required=True, help="a CVRPLIB instance")
     options = arguments.parse_args()
-    ends = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # before any thread, which inherits it
     with Server((options.host, options.port), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         warm_up(server, options.warm_up.read_bytes())
         server.planner.ready.set()
         tell_systemd("READY=1")
         print(f"ready on http://{options.host}:{server.server_port}", flush=True)
-        signal.sigwait(ends)
+        signal.sigwait(ENDS)
         server.shutdown()
 
 

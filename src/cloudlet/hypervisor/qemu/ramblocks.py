@@ -12,6 +12,7 @@ Format of the stream: QEMU's ``migration/ram.c``, version 4 of the section ``ram
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import threading
@@ -45,16 +46,17 @@ def digests(monitor: Monitor) -> Digests:
             monitor.send_descriptor(writing, "ram-blocks")
         finally:
             os.close(writing)
-        with os.fdopen(reading, "rb") as stream:
-            found: dict[str, str] = {}
-            reader = threading.Thread(target=_drain, args=(stream, found), name="ram-blocks")
-            reader.start()
-            monitor.execute(
-                "migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}]
-            )
-            monitor.execute("migrate", uri="fd:ram-blocks")
-            _wait_completed(monitor)
-            reader.join(_SECONDS)
+        found: dict[str, str] = {}
+        reader = threading.Thread(
+            target=_drain, args=(os.fdopen(reading, "rb"), found), name="ram-blocks", daemon=True
+        )
+        reader.start()
+        monitor.execute(
+            "migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}]
+        )
+        monitor.execute("migrate", uri="fd:ram-blocks")
+        _wait_completed(monitor)
+        reader.join(_SECONDS)
     finally:
         monitor.execute(
             "migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": False}]
@@ -88,9 +90,11 @@ def read_blocks(stream: BinaryIO) -> dict[str, str]:
 
 
 def _drain(stream: BinaryIO, found: dict[str, str]) -> None:
-    found.update(read_blocks(stream))
-    while stream.read(1 << 16):  # the devices: they are captured elsewhere
-        pass
+    """Read and close the stream; where it ends early nothing is found, of which who waits has to tell."""
+    with stream, contextlib.suppress(FailedError):
+        found.update(read_blocks(stream))
+        while stream.read(1 << 16):  # the devices: they are captured elsewhere
+            pass
 
 
 def _wait_completed(monitor: Monitor) -> None:

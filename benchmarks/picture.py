@@ -90,7 +90,7 @@ def _growth(panel: Any, f: Figures) -> None:
     panel.set_xlabel("overlay, MiB")
     panel.set_ylabel("seconds to the first answer")
     panel.legend(frameon=False)
-    panel.set_title("Synthesis grows with the overlay, not with the guest", loc="left")
+    panel.set_title("Synthesis, by overlay and by RAM", loc="left")
 
 
 def _bars(panel: Any, bars: list[tuple[str, float, str]], label: str) -> None:

@@ -172,6 +172,7 @@ def show(run: dict[str, Any], answered: float, report: Any) -> None:
 
 def compare(overlay: Path) -> None:
     from benchmarks.compare import compare as measure
+
     from cloudlet.control.site import Site
 
     table = Table(title="The same first answer, by other ways", title_justify="left")

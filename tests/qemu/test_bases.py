@@ -188,7 +188,8 @@ def test_a_guest_without_agent_is_changed_through_a_pipe(serial: CommandLine, tm
         process.stdin.flush()
         seen = b""
         while b"by-hand" not in seen:
-            assert (block := os.read(process.stdout.fileno(), 4096)), "the command ended early"
+            block = os.read(process.stdout.fileno(), 4096)
+            assert block, "the command ended early"
             seen += block
         _, said = process.communicate(timeout=60)  # closes the pipe, which means: done
         assert process.returncode == 0, said.decode()

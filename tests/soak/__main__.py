@@ -1,8 +1,8 @@
 """The faults of ``tests/cli`` in large numbers: ``python -m tests.soak``.
 
-It makes a site of its own in a temporary folder, prints its seed (``--seed`` repeats a run: the same
-damage, the same moments), and writes what came of it to ``docs/results/soak-main.md``. The exit code is
-1 if anything was not as it should be.
+It makes a site of its own in a temporary folder, prints its seed (``--seed`` throws the same dice again:
+the same signals at the same moments, the same places in an overlay of the same size), and writes what
+came of it to ``docs/results/soak-main.md``. The exit code is 1 if anything was not as it should be.
 """
 
 from __future__ import annotations

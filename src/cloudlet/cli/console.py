@@ -52,7 +52,7 @@ def _raw(keyboard: TextIO) -> Iterator[None]:
         yield
         return
     before = termios.tcgetattr(keyboard)
-    tty.setraw(keyboard)
+    tty.setraw(keyboard, termios.TCSADRAIN)  # keeps what was typed ahead
     try:
         yield
     finally:

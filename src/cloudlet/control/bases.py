@@ -38,7 +38,7 @@ cloud-init status --wait >/dev/null 2>&1
 for second in $(seq 120); do test -e /etc/cloud/cloud-init.disabled && exit 0; sleep 1; done
 exit 1
 """
-"""One module that fails makes ``status --wait`` return while the others, and our last word, are still to come."""
+"""A module that fails makes ``status --wait`` return while others, and our last word, are still to come."""
 _GUESTS = Path(__file__).parents[1] / "guests"
 
 Say = Callable[[str], None]

@@ -49,7 +49,7 @@ class _Stop:
         self._deadline = time.monotonic() + budget.seconds
         self._left = budget.iterations
 
-    def __call__(self, best_cost: int) -> bool:  # noqa: ARG002
+    def __call__(self, best_cost: int) -> bool:
         if self._left is not None:
             self._left -= 1
             if self._left < 0:

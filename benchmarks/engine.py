@@ -162,7 +162,7 @@ def run_create(bench: Bench, name: str, **options: Any) -> tuple[CreateReport, f
 
 
 def run_apply(bench: Bench, transfers: int = 1) -> dict[str, float]:
-    """Apply once, in this process; or several times at once."""
+    """Apply once, in this process; or several times at once, the further ones with their literals in files."""
     with ExitStack() as stack:
         base = bench.base(stack)
         sinks = [
@@ -176,8 +176,12 @@ def run_apply(bench: Bench, transfers: int = 1) -> dict[str, float]:
         before = resident("VmRSS")
         started, cpu = time.perf_counter(), time.process_time()
         threads = [
-            threading.Thread(target=apply, args=(OverlayReader(file, allow_unsigned=True), base, sink))
-            for file, sink in zip(files[1:], sinks[1:], strict=True)
+            threading.Thread(
+                target=apply,
+                args=(OverlayReader(file, allow_unsigned=True), base, sink),
+                kwargs={"spool_fd": bench.open(stack, f"out.{number}.spool", "w+b").fileno()},
+            )
+            for number, (file, sink) in enumerate(zip(files[1:], sinks[1:], strict=True))
         ]
         for thread in threads:
             thread.start()

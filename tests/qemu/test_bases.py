@@ -13,7 +13,7 @@ import select
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,7 +90,7 @@ def kept(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Kept:
 
 
 @pytest.fixture(scope="module")
-def serial(images: Path, tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
+def serial(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     """The command line in folders that hold one base: a guest with nothing but a serial console."""
     folder = tmp_path_factory.mktemp("serial")
     settings = Settings(
@@ -108,7 +108,9 @@ def serial(images: Path, tmp_path_factory: pytest.TempPathFactory) -> CommandLin
         "OS_DEFAULT__KEYS_DIR": str(settings.keys_dir),
         "OS_DEFAULT__ACCELERATOR": settings.accelerator,
     }
-    return CommandLine(settings, environment)
+    yield CommandLine(settings, environment)
+    # What a command that a failing test killed has left is removed when the site is opened.
+    assert Site.open(settings).hypervisor.instances() == []
 
 
 class Typist:

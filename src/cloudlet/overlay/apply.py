@@ -2,8 +2,9 @@
 
 One pass over the stream, in file order. A page reaches the sink only after the digest of its
 frame, the frame's structure and the page's place in the map were checked; on any error the sink
-has seen nothing but such pages, and its ``finish`` is not called. Memory: 64 MiB of literals at
-most (touched as they come), the map, the device state and one frame.
+has seen nothing but such pages, and its ``finish`` is not called. Memory: the map, the device state,
+one frame, and the literals that later pages may refer to: 64 MiB at most (touched as they come), or
+none where the caller gives a file to keep them in.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import numpy as np
 
 from cloudlet.errors import CorruptError
 from cloudlet.model import PAGE_BYTES
-from cloudlet.overlay.base import BasePages
+from cloudlet.overlay.base import BasePages, read_rows
 from cloudlet.overlay.frames import FrameKind, Unpacker
 from cloudlet.overlay.limits import FRAME_PAGES, WINDOW_LITERALS
 from cloudlet.overlay.pagemap import Coverage, PageMap
-from cloudlet.overlay.pages import Numbers, PageBatch, Rows, Space
+from cloudlet.overlay.pages import Numbers, PageBatch, Positions, Rows, Space
 from cloudlet.overlay.payload import Operation, PagePayload
 from cloudlet.overlay.reader import Frame, OverlayReader, Progress
+from cloudlet.sparse import write_at
 
 
 class Sink(Protocol):
@@ -37,14 +39,24 @@ class Sink(Protocol):
         """All pages have come and the whole file is verified."""
 
 
-def apply(reader: OverlayReader, base: BasePages, sink: Sink, progress: Progress | None = None) -> None:
+def apply(
+    reader: OverlayReader,
+    base: BasePages,
+    sink: Sink,
+    progress: Progress | None = None,
+    *,
+    spool_fd: int | None = None,
+) -> None:
     """Build all pages of an overlay. ``progress`` gets bytes read and the size of the file.
 
+    :param spool_fd: an empty temporary file for literals, 64 MiB at most: for one of several transfers at
+        a time, which then costs a few MiB of memory; a little slower than memory.
     :raises MismatchError: the overlay is for another base; nothing was read beyond the root.
     :raises IntegrityError: the stream is truncated or corrupt.
     """
     reader.root.check_base(base.identity, base.machine, base.device_sections)
-    literals = LiteralRing(reader.root.totals.literals)
+    window = min(reader.root.totals.literals, WINDOW_LITERALS)
+    literals = LiteralRing(window) if spool_fd is None else LiteralSpool(window, spool_fd)
     room: Rows = np.empty((FRAME_PAGES, PAGE_BYTES), np.uint8)
     device_state = b""
     for step in _steps(reader, progress):
@@ -68,24 +80,51 @@ def verify_only(reader: OverlayReader, progress: Progress | None = None) -> None
         pass
 
 
-class LiteralRing:
-    """The literals that a page may still refer to, by number. Memory is taken as literals come."""
-
-    def __init__(self, literals: int) -> None:
-        self._rows: Rows = np.empty((min(literals, WINDOW_LITERALS), PAGE_BYTES), np.uint8)
+class Literals(Protocol):
+    """The literals that a page may still refer to, by number."""
 
     def add(self, first: int, rows: Rows) -> None:
-        """Each literal is copied once here; at most the window's length at a time."""
+        """Keep literals; at most the window's length at a time. Each is copied once here."""
+
+    def take(self, literals: Numbers, rows: Rows, positions: Positions) -> None:
+        """Put literal ``literals[i]`` into ``rows[positions[i]]``."""
+
+
+class LiteralRing:
+    """Literals in memory, which is taken as they come."""
+
+    def __init__(self, window: int) -> None:
+        self._rows: Rows = np.empty((window, PAGE_BYTES), np.uint8)
+
+    def add(self, first: int, rows: Rows) -> None:
         at = first % len(self._rows) if len(self._rows) else 0
         fits = min(len(rows), len(self._rows) - at)
         self._rows[at : at + fits] = rows[:fits]
         self._rows[: len(rows) - fits] = rows[fits:]
 
-    def take(self, literals: Numbers) -> Rows:
-        return np.asarray(self._rows[literals % np.uint32(len(self._rows))])
+    def take(self, literals: Numbers, rows: Rows, positions: Positions) -> None:
+        rows[positions] = self._rows[literals % np.uint32(len(self._rows))]
 
 
-def _build(payload: PagePayload, base: BasePages, literals: LiteralRing, room: Rows) -> Rows:
+class LiteralSpool:
+    """Literals in a file."""
+
+    def __init__(self, window: int, descriptor: int) -> None:
+        self._window = window
+        self._descriptor = descriptor
+
+    def add(self, first: int, rows: Rows) -> None:
+        at = first % self._window if self._window else 0
+        fits = min(len(rows), self._window - at)
+        write_at(self._descriptor, rows[:fits].data.cast("B"), at * PAGE_BYTES)
+        write_at(self._descriptor, rows[fits:].data.cast("B"), 0)
+
+    def take(self, literals: Numbers, rows: Rows, positions: Positions) -> None:
+        if not read_rows(self._descriptor, literals % np.uint32(self._window), rows, positions):
+            raise CorruptError("the spool of literals ends early")
+
+
+def _build(payload: PagePayload, base: BasePages, literals: Literals, room: Rows) -> Rows:
     """The contents of a frame's pages; only literals are handed on as they were decompressed."""
     if len(payload.literals) == payload.numbers.size:
         return payload.literals
@@ -96,7 +135,7 @@ def _build(payload: PagePayload, base: BasePages, literals: LiteralRing, room: R
         base.read_into(space, payload.references_of(operation), rows, payload.positions(operation))
     earlier = payload.references_of(Operation.EARLIER)
     if earlier.size:
-        rows[payload.positions(Operation.EARLIER)] = literals.take(earlier)
+        literals.take(earlier, rows, payload.positions(Operation.EARLIER))
     return rows
 
 

@@ -65,21 +65,32 @@ class BasePages:
         if int(numbers.max()) >= self.count(space):
             raise CorruptError(f"{space.label} {int(numbers.max())} is beyond the base's {self.count(space)}")
         descriptor = self.ram_fd if space is Space.RAM else self.disk_fd
-        room = rows.data.cast("B")
-        places = positions.tolist()
-        for first, after in _runs(numbers):
-            start = int(numbers[first])
-            if places[after - 1] - places[first] == after - 1 - first:
-                at = places[first] * PAGE_BYTES
-                vectors = [room[at : at + (after - first) * PAGE_BYTES]]
-            else:
-                vectors = [room[p * PAGE_BYTES : (p + 1) * PAGE_BYTES] for p in places[first:after]]
-            if os.preadv(descriptor, vectors, start * PAGE_BYTES) != (after - first) * PAGE_BYTES:
-                raise CorruptError(f"the base's file ends before {space.label} {start + after - first}")
+        if not read_rows(descriptor, numbers, rows, positions):
+            raise CorruptError(f"the base's file ends before one of its {space.label}s")
+
+
+def read_rows(descriptor: int, numbers: Numbers, rows: Rows, positions: Positions) -> bool:
+    """Put the file's page ``numbers[i]`` into ``rows[positions[i]]``, with a system call per run of numbers.
+
+    ``positions`` increase. False if the file ends before one of the pages.
+    """
+    room = rows.data.cast("B")
+    places = positions.tolist()
+    for first, after in _runs(numbers):
+        if places[after - 1] - places[first] == after - 1 - first:
+            at = places[first] * PAGE_BYTES
+            vectors = [room[at : at + (after - first) * PAGE_BYTES]]
+        else:
+            vectors = [room[p * PAGE_BYTES : (p + 1) * PAGE_BYTES] for p in places[first:after]]
+        if os.preadv(descriptor, vectors, int(numbers[first]) * PAGE_BYTES) != (after - first) * PAGE_BYTES:
+            return False
+    return True
 
 
 def _runs(numbers: Numbers) -> Iterator[tuple[int, int]]:
     """From and to of stretches of consecutive numbers, short enough for one call."""
+    if not numbers.size:
+        return
     breaks = np.flatnonzero(np.diff(numbers.astype(np.int64)) != 1) + 1
     edges = [0, *breaks.tolist(), numbers.size]
     for first, after in pairwise(edges):

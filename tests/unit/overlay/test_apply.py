@@ -56,15 +56,28 @@ def test_an_overlay_of_nothing(world: World) -> None:
     assert rebuilt.device is not None
 
 
-def test_the_ring_keeps_the_last_literals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cloudlet.overlay.apply.WINDOW_LITERALS", 10)
-    ring = LiteralRing(100)
-    rows = np.stack([page(i) for i in range(37)])
-    for at in range(0, 37, 7):
-        ring.add(at, rows[at : at + 7])
-        end = min(at + 7, 37)
-        kept = np.arange(max(0, end - 10), end, dtype=np.uint32)
-        assert (ring.take(kept) == rows[kept]).all()
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_the_last_literals_are_kept(kind: str) -> None:
+    with tempfile.TemporaryFile() as spool:
+        literals = LiteralRing(10) if kind == "memory" else LiteralSpool(10, spool.fileno())
+        rows = np.stack([page(i) for i in range(37)])
+        for at in range(0, 37, 7):
+            literals.add(at, rows[at : at + 7])
+            end = min(at + 7, 37)
+            kept = np.arange(max(0, end - 10), end, dtype=np.uint32)
+            room = np.zeros((20, PAGE_BYTES), np.uint8)
+            literals.take(kept, room, np.arange(kept.size) * 2)
+            assert (room[: 2 * kept.size : 2] == rows[kept]).all()
+            assert not room[1::2].any()
+
+
+def test_literals_in_a_file_give_the_same_pages(world: World) -> None:
+    overlay = world.create(ram={5: page(1), 6: page(2), 900: page(1)}, disk={3: page(2), 4: page(3)})[0]
+    with tempfile.TemporaryFile() as spool:
+        spooled = world.apply(overlay, spool_fd=spool.fileno())
+    plain = world.apply(overlay)
+    assert (spooled.ram == plain.ram).all()
+    assert (spooled.disk == plain.disk).all()
 
 
 MEASURE = textwrap.dedent(

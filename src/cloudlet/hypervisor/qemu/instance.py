@@ -32,6 +32,7 @@ from cloudlet.sparse import copy_data, data_ranges
 
 DISK = "disk.qcow2"
 UEFI_VARS = "uefi-vars.fd"
+_ENDING_SECONDS = 2.0
 _STATES = {
     "running": RunState.RUNNING,
     "inmigrate": RunState.INCOMING,
@@ -85,7 +86,13 @@ class QemuInstance:
     def state(self) -> RunState:
         if not self.record.machine or not self.record.machine.alive():
             return RunState.GONE
-        status = self.monitor.execute("query-status")["status"]
+        try:
+            status = self.monitor.execute("query-status")["status"]
+        except FailedError:
+            # A QEMU that is ending closes its monitor before its process is gone.
+            if self.wait(_ENDING_SECONDS):
+                return RunState.GONE
+            raise
         return _STATES.get(status, RunState.PAUSED)
 
     def pause(self) -> None:

@@ -162,7 +162,7 @@ def run_create(bench: Bench, name: str, **options: Any) -> tuple[CreateReport, f
 
 
 def run_apply(bench: Bench, transfers: int = 1) -> dict[str, float]:
-    """Apply once, in this process; or several times at once, the further ones with their literals in files."""
+    """Apply once, in this process; or several times at once, the further ones with literals in files."""
     with ExitStack() as stack:
         base = bench.base(stack)
         sinks = [

@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from cloudlet.control import bases
 from cloudlet.control.site import Site
 from cloudlet.errors import NotFoundError
 from cloudlet.hypervisor.records import processes_of, records
-from cloudlet.model import MEBIBYTE, Readiness
+from cloudlet.model import GIBIBYTE, MEBIBYTE, Readiness
 from cloudlet.settings import Settings
 from cloudlet.store.bases import Base
 from tests.images.build import build
@@ -86,6 +87,42 @@ def quick_base_id(images: Path, tmp_path_factory: pytest.TempPathFactory) -> str
 def quick_base(site: Site, quick_base_id: str) -> Base:
     """The quick guest as a base of this site."""
     return site.bases.find(quick_base_id)
+
+
+@pytest.fixture(scope="session")
+def debian_base_id(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The identity of a base built from the Debian recipe as it is now; the building takes two minutes."""
+    state = tmp_path_factory.mktemp("debian-state")
+    settings = Settings(cache_dir=KEPT / "cache", state_dir=state, keys_dir=state / "keys", accelerator="tcg")
+    opened = Site.open(settings)
+    recipe = Path(bases.__file__).parents[1] / "guests" / "debian"
+    digest = blake3()
+    for path in sorted(path for path in recipe.rglob("*") if path.is_file()):
+        digest.update(path.read_bytes())
+    name = f"debian-{digest.hexdigest()[:16]}"
+    try:
+        return opened.bases.find(name).id
+    except NotFoundError:
+        request = bases.BaseRequest(name=name, memory_bytes=512 * MEBIBYTE, disk_bytes=4 * GIBIBYTE)
+        return bases.build(opened, request, "debian", say=lambda text: None).id
+
+
+@pytest.fixture
+def debian_base(site: Site, debian_base_id: str) -> Base:
+    """Our Debian guest as a base of this site."""
+    return site.bases.find(debian_base_id)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _terminated_is_interrupted() -> Iterator[None]:
+    """Being told to end runs the fixtures' ends, so that no guest is left."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)

@@ -49,11 +49,7 @@ class Report:
     @property
     def gap(self) -> float | None:
         """Per cent above the best known cost."""
-        return (
-            None
-            if self.cost is None or not self.best
-            else 100 * (self.cost - self.best) / self.best
-        )
+        return None if self.cost is None or not self.best else 100 * (self.cost - self.best) / self.best
 
 
 def check(vrp_text: str, routes: Any, best: int | None = None) -> Report:
@@ -120,15 +116,11 @@ def read_problem(text: str) -> Problem:
         demands = [demand[node] for node in range(1, size + 1)]
         if fields["EDGE_WEIGHT_TYPE"] == "EUC_2D":
             triples = iter(map(float, sections["NODE_COORD_SECTION"]))
-            place = {
-                int(node): (x, y) for node, x, y in zip(triples, triples, triples, strict=True)
-            }
+            place = {int(node): (x, y) for node, x, y in zip(triples, triples, triples, strict=True)}
             points = [place[node] for node in range(1, size + 1)]
             distances = [[_rounded(a, b) for b in points] for a in points]
         else:
-            distances = _explicit(
-                fields["EDGE_WEIGHT_FORMAT"], sections["EDGE_WEIGHT_SECTION"], size
-            )
+            distances = _explicit(fields["EDGE_WEIGHT_FORMAT"], sections["EDGE_WEIGHT_SECTION"], size)
     except (KeyError, IndexError) as error:
         raise ValueError(f"the instance lacks {error}") from error
     return Problem(capacity, demands, distances)
@@ -175,11 +167,7 @@ def main() -> int:
     arguments.add_argument("--best", type=pathlib.Path, help="a .sol file to compare with")
     options = arguments.parse_args()
     try:
-        plan = (
-            sys.stdin.read()
-            if options.plan == "-"
-            else pathlib.Path(options.plan).read_text("utf-8")
-        )
+        plan = sys.stdin.read() if options.plan == "-" else pathlib.Path(options.plan).read_text("utf-8")
         best = read_solution(options.best.read_text("utf-8"))[1] if options.best else None
         report = check_plan(options.instance.read_text("utf-8"), plan, best)
     except (OSError, ValueError) as error:

@@ -46,9 +46,7 @@ def unpack(requirements: pathlib.Path, wheels: pathlib.Path, site: pathlib.Path)
     Other wheels in the folder (of earlier pins) are passed over. Raises LookupError for a pin
     without a wheel.
     """
-    by_digest = {
-        hashlib.sha256(p.read_bytes()).hexdigest(): p for p in sorted(wheels.glob("*.whl"))
-    }
+    by_digest = {hashlib.sha256(p.read_bytes()).hexdigest(): p for p in sorted(wheels.glob("*.whl"))}
     digests = pinned(requirements.read_text(encoding="utf-8"))
     if absent := sorted(digests - by_digest.keys()):
         raise LookupError(f"no wheel in {wheels} has sha256 {', '.join(absent)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -160,7 +159,6 @@ def test_another_process_adopts_an_instance(driver: Driver) -> None:
         incoming.abort()
 
 
-@pytest.mark.skipif(not shutil.which("xorriso"), reason="xorriso is not installed")
 def test_a_medium_in_the_optical_drive(driver: Driver, tmp_path: Path) -> None:
     (tmp_path / "word").write_text("on the medium")
     write_iso(tmp_path / "image.iso", {"/0/word": tmp_path / "word"}, "words")

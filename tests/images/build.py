@@ -64,7 +64,7 @@ def _images(cache: Path) -> dict[str, TestImage]:
             cmdline="root=/dev/vda rw rootflags=rw rootfstype=ext4 console=ttyS0"
             " quicksand_token=test quicksand_port=8080",
             uefi=False,
-            ready="http:8080/ping",
+            ready="serial:Listening on 0.0.0.0:8080",
             memory_mib=512,
         ),
         "grub-bios": replace(firmware, disk=cache / "grub-bios.qcow2"),

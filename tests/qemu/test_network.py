@@ -257,9 +257,7 @@ def test_a_card_that_does_not_speak_in_frames_is_cut_off(bare: Network) -> None:
     assert "does not send frames" in bare.log.read_text()
 
 
-def test_without_the_right_the_error_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_right_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that allows no more network namespaces, as seen from a user namespace of its own."""
     bound = bind_ports([PublishedPort(ECHO)])
     no_more = ["unshare", "--user", "--map-root-user", "sh", "-c"]
@@ -310,9 +308,7 @@ def test_a_real_qemu_gets_its_address_by_dhcp_and_takes_the_network_with_it(tmp_
         process.stop()
 
 
-def test_the_guest_reaches_nothing_outside(
-    guest: tuple[Network, GuestPeer], tmp_path: Path
-) -> None:
+def test_the_guest_reaches_nothing_outside(guest: tuple[Network, GuestPeer], tmp_path: Path) -> None:
     _, peer = guest
     with (
         network(tmp_path, ECHO, name="neighbour", host="0.0.0.0") as neighbour,

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import http.client
 import re
-import select
-import socket
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -24,6 +22,8 @@ from cloudlet.model import Endpoint, Readiness, ReadinessKind
 _FIRST_TRY, _LONGEST_TRY = 0.5, 10.0
 _PAUSE = 0.01
 _TAIL_BYTES = 1 << 16
+_YES = ""
+"""What a question is answered with when the rule holds; any other answer says why it does not yet."""
 
 
 class Watched(Protocol):
@@ -31,6 +31,7 @@ class Watched(Protocol):
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]: ...
+    def accepts(self, endpoint: Endpoint, timeout: float) -> bool: ...
     @property
     def console_log(self) -> Path: ...
     @property
@@ -47,9 +48,10 @@ def wait_ready(instance: Watched, rule: Readiness, timeout: float, *, console_fr
     began = time.monotonic()
     ask = _question(instance, rule, console_from)
     patience = _FIRST_TRY
-    while not ask(min(patience, max(0.05, began + timeout - time.monotonic()))):
+    while (said := ask(min(patience, max(0.05, began + timeout - time.monotonic())))) != _YES:
         if time.monotonic() - began > timeout:
-            raise FailedError(f"not ready ({rule}) after {timeout:.0f} s", hint=_console_hint(instance))
+            what = f"not ready ({rule}) after {timeout:.0f} s: {said}"
+            raise FailedError(what, hint=_console_hint(instance))
         if instance.wait(_PAUSE):
             raise FailedError(f"the machine ended before it was ready ({rule})", hint=_console_hint(instance))
         patience = min(_LONGEST_TRY, patience * 1.5)
@@ -61,19 +63,20 @@ def guest_port(rule: Readiness) -> int | None:
     return rule.port if rule.kind in (ReadinessKind.TCP, ReadinessKind.HTTP) else None
 
 
-def _question(instance: Watched, rule: Readiness, console_from: int) -> Callable[[float], bool]:
+def _question(instance: Watched, rule: Readiness, console_from: int) -> Callable[[float], str]:
     match rule.kind:
         case ReadinessKind.AGENT:
             agent = instance.agent
             if agent is None:
                 raise UsageError("this machine has no guest agent channel")
-            return agent.ping
+            return lambda patience: _YES if agent.ping(patience) else "the agent does not answer"
         case ReadinessKind.SERIAL:
             pattern = re.compile(rule.pattern.encode(), re.MULTILINE)
             return lambda patience: _printed(instance.console_log, pattern, console_from, min(patience, 0.2))
         case ReadinessKind.TCP:
             endpoint = _endpoint(instance, rule.port)
-            return lambda patience: _accepts(endpoint, patience)
+            refused = f"nothing listens on port {rule.port} of the guest"
+            return lambda patience: _YES if instance.accepts(endpoint, patience) else refused
         case ReadinessKind.HTTP:
             endpoint = _endpoint(instance, rule.port)
             return lambda patience: _answers(endpoint, rule.path, patience)
@@ -86,32 +89,22 @@ def _endpoint(instance: Watched, port: int) -> Endpoint:
     raise UsageError(f"port {port} of the guest is not published", hint=f"add port {port} to the ports")
 
 
-def _answers(endpoint: Endpoint, path: str, patience: float) -> bool:
+def _answers(endpoint: Endpoint, path: str, patience: float) -> str:
     connection = http.client.HTTPConnection(endpoint.host, endpoint.host_port, timeout=patience)
     with closing(connection), suppress(OSError, http.client.HTTPException):
         connection.request("GET", path)
-        return connection.getresponse().status < 400
-    return False
+        status = connection.getresponse().status
+        return _YES if status < 400 else f"{path} answers with status {status}"
+    return "no answer"
 
 
-def _accepts(endpoint: Endpoint, patience: float) -> bool:
-    """Whether the guest keeps the connection: the forwarder accepts first, then closes if it does not."""
-    with (
-        suppress(OSError),
-        socket.create_connection((endpoint.host, endpoint.host_port), patience) as connection,
-    ):
-        readable, _, _ = select.select([connection], [], [], min(patience, 1.0))
-        return not readable or bool(connection.recv(1))
-    return False
-
-
-def _printed(log: Path, pattern: re.Pattern[bytes], start: int, patience: float) -> bool:
+def _printed(log: Path, pattern: re.Pattern[bytes], start: int, patience: float) -> str:
     with suppress(FileNotFoundError), log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - _TAIL_BYTES))
         if pattern.search(file.read()):
-            return True
+            return _YES
     time.sleep(patience / 4)  # The console is a file that another process appends to.
-    return False
+    return "the console has not printed it"
 
 
 def _console_hint(instance: Watched) -> str:

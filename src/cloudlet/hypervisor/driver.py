@@ -131,6 +131,9 @@ class Instance(Protocol):
     def open_console(self) -> socket.socket:
         """A connection with the guest's serial console; one at a time."""
 
+    def accepts(self, endpoint: Endpoint, timeout: float) -> bool:
+        """Whether the guest itself takes a connection of a published port within ``timeout`` seconds."""
+
     def cpu_seconds(self) -> float:
         """CPU time the machine has used on this host."""
 

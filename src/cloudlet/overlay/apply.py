@@ -116,11 +116,12 @@ class LiteralSpool:
     def add(self, first: int, rows: Rows) -> None:
         at = first % self._window if self._window else 0
         fits = min(len(rows), self._window - at)
-        write_at(self._descriptor, rows[:fits].data.cast("B"), at * PAGE_BYTES)
-        write_at(self._descriptor, rows[fits:].data.cast("B"), 0)
+        write_at(self._descriptor, rows[:fits].reshape(-1).data, at * PAGE_BYTES)
+        write_at(self._descriptor, rows[fits:].reshape(-1).data, 0)
 
     def take(self, literals: Numbers, rows: Rows, positions: Positions) -> None:
-        if not read_rows(self._descriptor, literals % np.uint32(self._window), rows, positions):
+        places = literals % np.uint32(self._window)
+        if read_rows(self._descriptor, places, rows, positions) is not None:
             raise CorruptError("the spool of literals ends early")
 
 

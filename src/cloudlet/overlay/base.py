@@ -65,14 +65,15 @@ class BasePages:
         if int(numbers.max()) >= self.count(space):
             raise CorruptError(f"{space.label} {int(numbers.max())} is beyond the base's {self.count(space)}")
         descriptor = self.ram_fd if space is Space.RAM else self.disk_fd
-        if not read_rows(descriptor, numbers, rows, positions):
-            raise CorruptError(f"the base's file ends before one of its {space.label}s")
+        missing = read_rows(descriptor, numbers, rows, positions)
+        if missing is not None:
+            raise CorruptError(f"the base's file ends before {space.label} {missing}")
 
 
-def read_rows(descriptor: int, numbers: Numbers, rows: Rows, positions: Positions) -> bool:
+def read_rows(descriptor: int, numbers: Numbers, rows: Rows, positions: Positions) -> int | None:
     """Put the file's page ``numbers[i]`` into ``rows[positions[i]]``, with a system call per run of numbers.
 
-    ``positions`` increase. False if the file ends before one of the pages.
+    ``positions`` increase. The result is the number of a page before which the file ends, if there is one.
     """
     room = rows.data.cast("B")
     places = positions.tolist()
@@ -82,9 +83,10 @@ def read_rows(descriptor: int, numbers: Numbers, rows: Rows, positions: Position
             vectors = [room[at : at + (after - first) * PAGE_BYTES]]
         else:
             vectors = [room[p * PAGE_BYTES : (p + 1) * PAGE_BYTES] for p in places[first:after]]
-        if os.preadv(descriptor, vectors, int(numbers[first]) * PAGE_BYTES) != (after - first) * PAGE_BYTES:
-            return False
-    return True
+        start = int(numbers[first])
+        if os.preadv(descriptor, vectors, start * PAGE_BYTES) != (after - first) * PAGE_BYTES:
+            return start + after - first
+    return None
 
 
 def _runs(numbers: Numbers) -> Iterator[tuple[int, int]]:

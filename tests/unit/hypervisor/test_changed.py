@@ -107,17 +107,6 @@ def test_the_changed_pages_and_their_bytes(ram: int, tmp_path: Path, written: li
     assert content == expected(written)
 
 
-def test_a_page_that_was_swapped_out_is_changed_too(ram: int, tmp_path: Path) -> None:
-    written = [3, 4, 5, 900]
-    with machine(ram, written, swapped=[4, 900]) as pid:
-        mapping = changed.find_mapping(pid, os.fstat(ram).st_ino, PAGES * PAGE)
-        with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as file:
-            (entry,) = np.frombuffer(os.pread(file.fileno(), 8, (mapping.address // PAGE + 4) * 8), "<u8")
-        if not int(entry) >> 62 & 1:
-            pytest.skip("this machine does not swap")
-        assert look(pid, ram, tmp_path / "pages") == (written, expected(written))
-
-
 def test_the_machine_must_have_mapped_it(ram: int) -> None:
     with machine(ram, []) as pid, pytest.raises(FailedError, match="no mapping"):
         changed.find_mapping(pid, os.fstat(ram).st_ino + 1, PAGES * PAGE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +19,7 @@ from cloudlet.hypervisor.qemu.monitor import Monitor
 from cloudlet.hypervisor.qemu.sockets import listen
 
 QEMU = "qemu-system-x86_64"
-pytestmark = pytest.mark.skipif(not shutil.which(QEMU), reason="QEMU is not installed")
+pytestmark = pytest.mark.qemu
 
 
 @contextmanager

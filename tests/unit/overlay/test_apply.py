@@ -12,7 +12,8 @@ from tempfile import TemporaryFile
 import numpy as np
 import pytest
 
-from cloudlet.overlay.apply import LiteralRing, apply, verify_only
+from cloudlet.model import PAGE_BYTES
+from cloudlet.overlay.apply import LiteralRing, LiteralSpool, apply, verify_only
 from cloudlet.overlay.base import BasePages
 from cloudlet.overlay.create import Description, create
 from cloudlet.overlay.index import PageIndex
@@ -58,7 +59,7 @@ def test_an_overlay_of_nothing(world: World) -> None:
 
 @pytest.mark.parametrize("kind", ["memory", "file"])
 def test_the_last_literals_are_kept(kind: str) -> None:
-    with tempfile.TemporaryFile() as spool:
+    with TemporaryFile() as spool:
         literals = LiteralRing(10) if kind == "memory" else LiteralSpool(10, spool.fileno())
         rows = np.stack([page(i) for i in range(37)])
         for at in range(0, 37, 7):
@@ -72,8 +73,8 @@ def test_the_last_literals_are_kept(kind: str) -> None:
 
 
 def test_literals_in_a_file_give_the_same_pages(world: World) -> None:
-    overlay = world.create(ram={5: page(1), 6: page(2), 900: page(1)}, disk={3: page(2), 4: page(3)})[0]
-    with tempfile.TemporaryFile() as spool:
+    overlay = world.create(ram={5: page(1), 6: page(2), 9: page(1)}, disk={3: page(2), 4: page(3)})[0]
+    with TemporaryFile() as spool:
         spooled = world.apply(overlay, spool_fd=spool.fileno())
     plain = world.apply(overlay)
     assert (spooled.ram == plain.ram).all()

@@ -97,9 +97,9 @@ class World:
         )
         return out.getvalue(), report
 
-    def apply(self, data: bytes, **options: Any) -> Rebuilt:
+    def apply(self, data: bytes, spool_fd: int | None = None, **options: Any) -> Rebuilt:
         sink = Rebuilt(self)
-        apply(unsigned(data, **options), self.base, sink)
+        apply(unsigned(data, **options), self.base, sink, spool_fd=spool_fd)
         return sink
 
 

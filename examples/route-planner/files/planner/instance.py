@@ -62,9 +62,7 @@ def parse(text: str) -> Instance:
     loads = tuple(int(demand) for (demand,) in demands)
     for node, load in enumerate(loads, start=1):
         if not 0 <= load <= capacity:
-            raise BadInstanceError(
-                f"node {node} has demand {load}, outside 0..{capacity} (CAPACITY)"
-            )
+            raise BadInstanceError(f"node {node} has demand {load}, outside 0..{capacity} (CAPACITY)")
     if loads[0] != 0:
         raise BadInstanceError(f"the depot, node 1, has demand {loads[0]} instead of 0")
     if _numbers(sections, "DEPOT_SECTION", integral=True) not in ([1, -1], [1]):
@@ -157,15 +155,11 @@ def _distances(
         dx, dy = (xy[:, None, axis] - xy[None, :, axis] for axis in (0, 1))
         return np.floor(np.sqrt(dx * dx + dy * dy) + 0.5).astype(np.int64)
     if kind != "EXPLICIT":
-        raise BadInstanceError(
-            f"EDGE_WEIGHT_TYPE is {kind}, this planner knows EUC_2D and EXPLICIT"
-        )
+        raise BadInstanceError(f"EDGE_WEIGHT_TYPE is {kind}, this planner knows EUC_2D and EXPLICIT")
     weights = np.array(_numbers(sections, "EDGE_WEIGHT_SECTION", integral=True), dtype=np.int64)
     layout = headers.get("EDGE_WEIGHT_FORMAT")
     if layout not in ("FULL_MATRIX", "LOWER_ROW"):
-        raise BadInstanceError(
-            f"EDGE_WEIGHT_FORMAT is {layout}, known are FULL_MATRIX and LOWER_ROW"
-        )
+        raise BadInstanceError(f"EDGE_WEIGHT_FORMAT is {layout}, known are FULL_MATRIX and LOWER_ROW")
     needed = size * size if layout == "FULL_MATRIX" else size * (size - 1) // 2
     if len(weights) != needed or (weights < 0).any():
         raise BadInstanceError(f"EDGE_WEIGHT_SECTION must hold {needed} weights of 0 or more")

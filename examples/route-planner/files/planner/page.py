@@ -106,10 +106,6 @@ def _drawing(instance: Instance, plan: Plan) -> str:
             shapes.append(f'<text x="{x + 6:.1f}" y="{y - 6:.1f}" font-size="16">{number}</text>')
     shapes += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in at[1:]]
     x, y = at[0]
-    shapes.append(
-        f'<rect x="{x - 7:.1f}" y="{y - 7:.1f}" width="14" height="14"><title>Depot</title></rect>'
-    )
+    shapes.append(f'<rect x="{x - 7:.1f}" y="{y - 7:.1f}" width="14" height="14"><title>Depot</title></rect>')
     label = f"Map of {len(plan.routes)} routes from the depot; the table below lists them."
-    return (
-        f'<svg viewBox="0 0 {SIZE} {SIZE}" role="img" aria-label="{label}">{"".join(shapes)}</svg>'
-    )
+    return f'<svg viewBox="0 0 {SIZE} {SIZE}" role="img" aria-label="{label}">{"".join(shapes)}</svg>'

@@ -40,13 +40,9 @@ def read_query(text: str) -> dict[str, str]:
 def read_budget(query: Mapping[str, str]) -> tuple[Budget, int]:
     """The budget and the seed that the parameters of /plan ask for."""
     if unknown := query.keys() - {"seconds", "iterations", "seed"}:
-        raise RefusalError(
-            HTTPStatus.BAD_REQUEST, "bad-query", f"not known: {', '.join(sorted(unknown))}"
-        )
+        raise RefusalError(HTTPStatus.BAD_REQUEST, "bad-query", f"not known: {', '.join(sorted(unknown))}")
     if "seconds" in query and "iterations" in query:
-        raise RefusalError(
-            HTTPStatus.BAD_REQUEST, "bad-query", "give seconds or iterations, not both"
-        )
+        raise RefusalError(HTTPStatus.BAD_REQUEST, "bad-query", "give seconds or iterations, not both")
     seed = int(_value(query, "seed", "0", int, 0, 2**32 - 1))
     if "iterations" in query:
         iterations = int(_value(query, "iterations", "", int, 1, MAX_ITERATIONS))

@@ -82,8 +82,7 @@ class Server(ThreadingHTTPServer):
         request.settimeout(1)
         try:
             request.sendall(
-                f"HTTP/1.1 503 Service Unavailable\r\n{head}\r\nConnection: close\r\n\r\n".encode()
-                + body
+                f"HTTP/1.1 503 Service Unavailable\r\n{head}\r\nConnection: close\r\n\r\n".encode() + body
             )
         except OSError:
             pass  # the client left: nothing to tell it

@@ -45,9 +45,7 @@ class Handler(BaseHTTPRequestHandler):
             url = urlsplit(self.path)
             methods = ROUTES.get(url.path)
             if methods is None:
-                raise RefusalError(
-                    HTTPStatus.NOT_FOUND, "not-found", f"known are {', '.join(ROUTES)}"
-                )
+                raise RefusalError(HTTPStatus.NOT_FOUND, "not-found", f"known are {', '.join(ROUTES)}")
             handler = methods.get("GET" if self.command == "HEAD" else self.command)
             if handler is None:
                 allowed = ", ".join(methods)
@@ -87,13 +85,9 @@ class Handler(BaseHTTPRequestHandler):
         try:
             instance = parse(self.body().decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise RefusalError(
-                HTTPStatus.BAD_REQUEST, "bad-body", "the body is not UTF-8 text"
-            ) from error
+            raise RefusalError(HTTPStatus.BAD_REQUEST, "bad-body", "the body is not UTF-8 text") from error
         except BadInstanceError as error:
-            raise RefusalError(
-                HTTPStatus.UNPROCESSABLE_ENTITY, "bad-instance", str(error)
-            ) from error
+            raise RefusalError(HTTPStatus.UNPROCESSABLE_ENTITY, "bad-instance", str(error)) from error
         plan = self.server.planner.plan(instance, budget, seed)
         answer = {
             "instance": instance.name,
@@ -119,9 +113,7 @@ class Handler(BaseHTTPRequestHandler):
             except TimeoutError:
                 chunk = b""
             if not chunk or time.monotonic() > deadline:
-                raise RefusalError(
-                    HTTPStatus.REQUEST_TIMEOUT, "incomplete", "the body ended early or late"
-                )
+                raise RefusalError(HTTPStatus.REQUEST_TIMEOUT, "incomplete", "the body ended early or late")
             chunks.append(chunk)
             left -= len(chunk)
         return b"".join(chunks)
@@ -130,13 +122,9 @@ class Handler(BaseHTTPRequestHandler):
         """Refuse a body without a length or beyond MAX_BODY before reading any of it."""
         length = self.headers.get("Content-Length", "")
         if "Transfer-Encoding" in self.headers or not length:
-            raise RefusalError(
-                HTTPStatus.LENGTH_REQUIRED, "length-required", "send a Content-Length"
-            )
+            raise RefusalError(HTTPStatus.LENGTH_REQUIRED, "length-required", "send a Content-Length")
         if not (length.isascii() and length.isdigit()):
-            raise RefusalError(
-                HTTPStatus.BAD_REQUEST, "bad-length", "Content-Length is not a number"
-            )
+            raise RefusalError(HTTPStatus.BAD_REQUEST, "bad-length", "Content-Length is not a number")
         if len(length) > 9 or int(length) > MAX_BODY:
             raise RefusalError(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
@@ -169,15 +157,11 @@ class Handler(BaseHTTPRequestHandler):
                     return
                 drained += len(chunk)
 
-    def reply(
-        self, status: HTTPStatus, content: object, headers: Mapping[str, str] | None = None
-    ) -> None:
+    def reply(self, status: HTTPStatus, content: object, headers: Mapping[str, str] | None = None) -> None:
         """Answer JSON."""
         self.send("application/json", status, json.dumps(content).encode() + b"\n", headers or {})
 
-    def send(
-        self, kind: str, status: HTTPStatus, content: bytes, headers: Mapping[str, str]
-    ) -> None:
+    def send(self, kind: str, status: HTTPStatus, content: bytes, headers: Mapping[str, str]) -> None:
         """Write one whole answer."""
         self.send_response(status)
         fixed = {

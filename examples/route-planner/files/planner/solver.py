@@ -79,7 +79,6 @@ def plan(instance: Instance, budget: Budget, seed: int = 0) -> Plan:
     if not result.is_feasible():
         raise NoPlanError("no plan within the capacity was found in time: give it more seconds")
     routes = tuple(
-        tuple(visit.idx + 1 for visit in route if visit.is_client())
-        for route in result.best.routes()
+        tuple(visit.idx + 1 for visit in route if visit.is_client()) for route in result.best.routes()
     )
     return Plan(routes, int(result.cost()), time.monotonic() - start, result.num_iterations)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -70,6 +71,14 @@ class FakeInstance:
 
     def open_console(self) -> socket.socket:
         return connect(self.directory / "console.sock", timeout=10.0)
+
+    def accepts(self, endpoint: Endpoint, timeout: float) -> bool:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((endpoint.host, endpoint.host_port), timeout),
+        ):
+            return True
+        return False
 
     def cpu_seconds(self) -> float:
         return cpu_seconds_of(self._machine_process().pid)

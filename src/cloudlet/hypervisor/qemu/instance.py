@@ -23,6 +23,7 @@ from cloudlet.hypervisor.driver import BaseCapture, Capture, RunState
 from cloudlet.hypervisor.qemu import changed, launch, ramblocks, sections, stream
 from cloudlet.hypervisor.qemu.agent import QemuGuestAgent
 from cloudlet.hypervisor.qemu.monitor import Monitor
+from cloudlet.hypervisor.qemu.network import guest_accepts
 from cloudlet.hypervisor.qemu.qcow2 import changed_ranges
 from cloudlet.hypervisor.qemu.sockets import connect
 from cloudlet.hypervisor.records import ProcessId, Record, Workspace, cpu_seconds_of
@@ -103,6 +104,10 @@ class QemuInstance:
 
     def open_console(self) -> socket.socket:
         return connect(self.directory / "console.sock", timeout=10.0)
+
+    def accepts(self, endpoint: Endpoint, timeout: float) -> bool:
+        network = self.record.network
+        return network is not None and guest_accepts(network.pid, endpoint, timeout)
 
     def cpu_seconds(self) -> float:
         return cpu_seconds_of(self._machine_process().pid)

@@ -32,6 +32,9 @@ MAX_CONNECTIONS = 256
 NOBODY = 65534
 """The user and group that a network process started by root becomes, unless told otherwise."""
 
+_GUEST_ADDRESS_IN_TABLE = "0F02000A"  # 10.0.2.15, as /proc/net/tcp writes it
+_ESTABLISHED = "01"
+_LOOK_SECONDS = 0.02
 _BACKLOG = 128  # connections that wait in the kernel until the process is there
 _KEEPALIVE_SECONDS = 60  # of silence, before a client is asked whether it is still there
 _FORWARDER = Path(__file__).parents[2] / "forwarder" / "__main__.py"
@@ -222,6 +225,26 @@ def start_network(
         )
         on_error.pop_all()
         return NetworkProcess._started(child, qemu, ready)
+
+
+def guest_accepts(pid: int, endpoint: Endpoint, timeout: float) -> bool:
+    """Whether the guest takes a connection to ``endpoint`` within ``timeout`` seconds.
+
+    The network process ``pid`` takes it in any case, before it has asked the guest: whether the guest
+    did shows in the process's own network, in the kernel's table of connections.
+    """
+    remote = f"{_GUEST_ADDRESS_IN_TABLE}:{endpoint.guest_port:04X}"
+    deadline = time.monotonic() + timeout
+    with suppress(OSError), socket.create_connection((endpoint.host, endpoint.host_port), timeout) as client:
+        client.setblocking(False)
+        while time.monotonic() < deadline:
+            with suppress(BlockingIOError):
+                return bool(client.recv(1, socket.MSG_PEEK))  # nothing, and the end: the guest refused
+            table = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
+            if any(row.split()[2:4] == [remote, _ESTABLISHED] for row in table):
+                return True
+            time.sleep(_LOOK_SECONDS)
+    return False
 
 
 def start_time_of(pid: int) -> int | None:

@@ -9,7 +9,9 @@ none where the caller gives a file to keep them in.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -89,6 +91,9 @@ class Literals(Protocol):
     def take(self, literals: Numbers, rows: Rows, positions: Positions) -> None:
         """Put literal ``literals[i]`` into ``rows[positions[i]]``."""
 
+    def take_span(self, start: int, room: memoryview) -> None:
+        """Fill ``room`` with the literals' bytes from ``start`` on, counted from the first literal of all."""
+
 
 class LiteralRing:
     """Literals in memory, which is taken as they come."""
@@ -104,6 +109,13 @@ class LiteralRing:
 
     def take(self, literals: Numbers, rows: Rows, positions: Positions) -> None:
         rows[positions] = self._rows[literals % np.uint32(len(self._rows))]
+
+    def take_span(self, start: int, room: memoryview) -> None:
+        kept = self._rows.reshape(-1).data
+        at = start % len(kept)
+        fits = min(len(room), len(kept) - at)
+        room[:fits] = kept[at : at + fits]
+        room[fits:] = kept[: len(room) - fits]
 
 
 class LiteralSpool:
@@ -124,6 +136,13 @@ class LiteralSpool:
         if read_rows(self._descriptor, places, rows, positions) is not None:
             raise CorruptError("the spool of literals ends early")
 
+    def take_span(self, start: int, room: memoryview) -> None:
+        at = start % (self._window * PAGE_BYTES)
+        fits = min(len(room), self._window * PAGE_BYTES - at)
+        read = os.preadv(self._descriptor, [room[:fits]], at) + os.preadv(self._descriptor, [room[fits:]], 0)
+        if read != len(room):
+            raise CorruptError("the spool of literals ends early")
+
 
 def _build(payload: PagePayload, base: BasePages, literals: Literals, room: Rows) -> Rows:
     """The contents of a frame's pages; only literals are handed on as they were decompressed."""
@@ -137,7 +156,21 @@ def _build(payload: PagePayload, base: BasePages, literals: Literals, room: Rows
     earlier = payload.references_of(Operation.EARLIER)
     if earlier.size:
         literals.take(earlier, rows, payload.positions(Operation.EARLIER))
+    _take_spans(payload, literals, rows)
     return rows
+
+
+def _take_spans(payload: PagePayload, literals: Literals, rows: Rows) -> None:
+    """Fill the pages that are spans; neighbours that continue each other are one copy."""
+    positions = payload.positions(Operation.SPAN)
+    if not positions.size:
+        return
+    starts = payload.span_starts()
+    room = rows.data.cast("B")
+    breaks = np.flatnonzero((np.diff(positions) != 1) | (np.diff(starts) != PAGE_BYTES)) + 1
+    for first, after in pairwise([0, *breaks.tolist(), positions.size]):
+        at = int(positions[first]) * PAGE_BYTES
+        literals.take_span(int(starts[first]), room[at : at + (after - first) * PAGE_BYTES])
 
 
 def _steps(reader: OverlayReader, progress: Progress | None) -> Iterator[PageMap | PagePayload | bytes]:

@@ -2,7 +2,7 @@
 
 Two passes over the capture: the first finds the pages that really differ, the second encodes them
 in file order. Frames go to a spool, since the root stands before them and needs their digests.
-Memory is bounded: one frame, 16,384 digests, and some twenty bytes per captured page.
+Memory is bounded: one frame, 16,384 literals and their digests, and some twenty bytes per captured page.
 """
 
 from __future__ import annotations

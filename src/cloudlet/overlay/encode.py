@@ -1,7 +1,8 @@
 """From changed pages to the payload of a frame: for each page the cheapest way to say what it is.
 
 In this order: zero; equal to a page of the base (by the index, compared byte by byte); equal to an
-earlier literal of this overlay within the window; else a literal. Pages go through in file order.
+earlier literal of this overlay within the window; equal to a span of earlier literals; else a literal.
+Pages go through in file order.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from collections import deque
 
 import numpy as np
 
+from cloudlet.model import PAGE_BYTES
 from cloudlet.overlay.base import BasePages
 from cloudlet.overlay.index import PageIndex, digest_rows
 from cloudlet.overlay.limits import WINDOW_LITERALS
 from cloudlet.overlay.pages import Numbers, Rows, Space, equal_rows, zero_rows
 from cloudlet.overlay.payload import Operation, PagePayload
+from cloudlet.overlay.spans import SpanFinder
 
 _DIGEST_BYTES = 16
 
@@ -28,6 +31,7 @@ class PageEncoder:
         self._known: dict[bytes, int] = {}
         self._order: deque[bytes] = deque()
         self._oldest = 0
+        self._spans = SpanFinder()
 
     @property
     def literals(self) -> int:
@@ -39,7 +43,7 @@ class PageEncoder:
         first = self.literals
         self._forget(before=first + numbers.size - WINDOW_LITERALS)
         operations = np.full(numbers.size, Operation.LITERAL, np.uint8)
-        references = np.zeros(numbers.size, np.uint32)
+        references = np.zeros(numbers.size, np.int64)
         zero = zero_rows(rows)
         operations[zero] = Operation.ZERO
         filled = np.flatnonzero(~zero)
@@ -52,19 +56,28 @@ class PageEncoder:
             same = equal_rows(self._base.read(kind, pages), rows[filled[candidates]])
             operations[filled[candidates[same]]] = operation
             references[filled[candidates[same]]] = pages[same]
+        oldest = self._oldest * PAGE_BYTES
+        anchors, offsets = (column.tolist() for column in self._spans.anchors(rows))
         for at, position in enumerate(filled.tolist()):
-            if operations[position] == Operation.LITERAL:
-                digest = digests[at * _DIGEST_BYTES : (at + 1) * _DIGEST_BYTES]
-                known = self._known.get(digest)
-                if known is None:
-                    self._known[digest] = self.literals
-                    self._order.append(digest)
-                else:
-                    operations[position] = Operation.EARLIER
-                    references[position] = known
+            if operations[position] != Operation.LITERAL:
+                continue
+            digest = digests[at * _DIGEST_BYTES : (at + 1) * _DIGEST_BYTES]
+            anchor = anchors[position], offsets[position]
+            if (known := self._known.get(digest)) is not None:
+                operations[position] = Operation.EARLIER
+                references[position] = known
+            elif (start := self._spans.find(rows[position], *anchor, oldest)) is not None:
+                operations[position] = Operation.SPAN
+                references[position] = start
+            else:
+                self._known[digest] = self.literals
+                self._order.append(digest)
+                self._spans.add(rows[position], *anchor)
         literal = operations == Operation.LITERAL
-        refers = ~literal & ~zero
-        return PagePayload(space, first, numbers, operations, references[refers], rows[literal])
+        spans = operations == Operation.SPAN
+        references[spans] = self.literals * PAGE_BYTES - references[spans]
+        referred = references[~literal & ~zero].astype(np.uint32)
+        return PagePayload(space, first, numbers, operations, referred, rows[literal])
 
     def _forget(self, before: int) -> None:
         """Drop literals that a frame of this size might not reach."""

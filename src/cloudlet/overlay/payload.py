@@ -24,13 +24,14 @@ _HEAD = struct.Struct("<II")
 
 
 class Operation(IntEnum):
-    """How a page comes to its content. 5 is reserved for XOR and refused."""
+    """How a page comes to its content. 6 is reserved for XOR and refused."""
 
     ZERO = 0
     BASE_RAM = 1
     BASE_DISK = 2
     EARLIER = 3
-    LITERAL = 4
+    SPAN = 4
+    LITERAL = 5
 
 
 def oldest_reference(first_literal: int, literals: int) -> int:
@@ -95,6 +96,11 @@ class PagePayload:
         referring = codes[(codes > Operation.ZERO) & (codes < Operation.LITERAL)]
         return np.asarray(self.references[referring == operation])
 
+    def span_starts(self) -> NDArray[np.int64]:
+        """Where the spans begin, in bytes of the sequence of all literals, as the positions of SPAN."""
+        end = (self.first_literal + len(self.literals)) * PAGE_BYTES
+        return end - self.references_of(Operation.SPAN).astype(np.int64)
+
     def _check(self, machine: Machine, where: str) -> None:
         if int(self.operations.max()) > Operation.LITERAL:
             raise CorruptError(f"{where} holds the reserved operation {int(self.operations.max())}")
@@ -115,6 +121,7 @@ class PagePayload:
             (Operation.BASE_RAM, 0, spaces[Space.RAM]),
             (Operation.BASE_DISK, 0, spaces[Space.DISK]),
             (Operation.EARLIER, oldest_reference(self.first_literal, len(self.literals)), last),
+            (Operation.SPAN, PAGE_BYTES, min(last, WINDOW_LITERALS) * PAGE_BYTES + 1),
         ):
             references = self.references_of(operation)
             if references.size and not low <= int(references.min()) <= int(references.max()) < high:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .world import World, page
+from .world import BUFFER, CONTENT, World, page
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,10 @@ def small(world: World) -> bytes:
         70: page(2),
         80: page(3),
         81: page(1),
+        90: BUFFER[0],
+        91: BUFFER[1],
     }
     disk = {5: page(4), 6: page(1003), 7: page(2000), 50: page(2), 60: np.full(4096, 7, np.uint8)}
+    disk |= {61: CONTENT[0], 62: CONTENT[1], 63: CONTENT[2]}
     data, _ = world.create(ram, disk, hot=[(Space.RAM, np.array([70, 2], np.uint32))])
     return data

@@ -77,6 +77,7 @@ def test_each_page_takes_the_cheapest_way(world: World) -> None:
         Operation.EARLIER: 2,
         Operation.BASE_RAM: 1,
         Operation.BASE_DISK: 1,
+        Operation.SPAN: 0,
         Operation.LITERAL: 0,
     }
     assert report.pages[Space.DISK][Operation.LITERAL] == 2

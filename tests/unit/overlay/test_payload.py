@@ -12,6 +12,8 @@ from cloudlet.overlay.payload import Operation, PagePayload, oldest_reference
 
 from .world import MACHINE, noise
 
+_REFERRING = (Operation.BASE_RAM, Operation.BASE_DISK, Operation.EARLIER, Operation.SPAN)
+
 
 def payload(operations: list[int], numbers: list[int], references: list[int], first: int = 7) -> PagePayload:
     literals = noise(operations.count(Operation.LITERAL))
@@ -37,9 +39,10 @@ def decode(made: PagePayload, change: tuple[int, bytes] | None = None) -> PagePa
 def test_it_reads_what_it_writes(data: st.DataObject) -> None:
     numbers = data.draw(st.lists(st.integers(0, 95), min_size=1, max_size=20, unique=True))
     count = len(numbers)
-    operations = data.draw(st.lists(st.integers(0, 4), min_size=count, max_size=count))
-    need = sum(0 < o < 4 for o in operations)
-    references = data.draw(st.lists(st.integers(0, 6), min_size=need, max_size=need))
+    operations = data.draw(st.lists(st.sampled_from(Operation), min_size=count, max_size=count))
+    ranges = {operation: st.integers(0, 6) for operation in _REFERRING}
+    ranges[Operation.SPAN] = st.integers(4096, 7 * 4096)
+    references = [data.draw(ranges[o]) for o in operations if o in _REFERRING]
     made = payload(operations, numbers, references)
     again = decode(made)
     assert again.first_literal == 7
@@ -47,8 +50,8 @@ def test_it_reads_what_it_writes(data: st.DataObject) -> None:
     assert again.operations.tolist() == operations
     assert again.references.tolist() == references
     assert (again.literals == made.literals).all()
-    referring = [o for o in operations if 0 < o < 4]
-    for operation in (Operation.BASE_RAM, Operation.BASE_DISK, Operation.EARLIER):
+    referring = [o for o in operations if o in _REFERRING]
+    for operation in _REFERRING:
         expected = [r for o, r in zip(referring, references, strict=True) if o == operation]
         assert again.references_of(operation).tolist() == expected
         assert again.positions(operation).tolist() == [
@@ -56,19 +59,19 @@ def test_it_reads_what_it_writes(data: st.DataObject) -> None:
         ]
 
 
-@pytest.mark.parametrize("code", [5, 6, 255])
+@pytest.mark.parametrize("code", [6, 7, 255])
 def test_reserved_operations_are_refused(code: int) -> None:
     with pytest.raises(CorruptError, match="reserved"):
         decode(payload([0, 0], [1, 2], []), (8 + 8, bytes([code])))
 
 
 def test_counts_must_fit() -> None:
-    made = payload([0, 4, 1], [1, 2, 3], [5])
+    made = payload([0, 5, 1], [1, 2, 3], [5])
     assert decode(made).references.tolist() == [5]
     with pytest.raises(CorruptError, match="literals"):
-        decode(made, (8 + 12, bytes([4, 4, 1])))
+        decode(made, (8 + 12, bytes([5, 5, 1])))
     with pytest.raises(CorruptError, match="one reference"):
-        decode(made, (8 + 12, bytes([1, 4, 1])))
+        decode(made, (8 + 12, bytes([1, 5, 1])))
     with pytest.raises(CorruptError, match="counts 2 references"):
         decode(made, (4, b"\2"))
 
@@ -85,6 +88,10 @@ def test_counts_must_fit() -> None:
         (Operation.EARLIER, 2**32 - 1, False),
         (Operation.EARLIER, 20_001 - 16_384, True),
         (Operation.EARLIER, 20_000 - 16_384, False),
+        (Operation.SPAN, 4096, True),
+        (Operation.SPAN, 4095, False),
+        (Operation.SPAN, 16_384 * 4096, True),
+        (Operation.SPAN, 16_384 * 4096 + 1, False),
     ],
 )
 def test_references_stay_inside(operation: Operation, reference: int, good: bool) -> None:
@@ -94,6 +101,12 @@ def test_references_stay_inside(operation: Operation, reference: int, good: bool
     else:
         with pytest.raises(CorruptError, match="outside"):
             decode(made)
+
+
+def test_a_span_does_not_begin_before_the_first_literal() -> None:
+    assert decode(payload([5, 4], [1, 2], [2 * 4096], first=1)).span_starts().tolist() == [0]
+    with pytest.raises(CorruptError, match="outside"):
+        decode(payload([5, 4], [1, 2], [2 * 4096 + 1], first=1))
 
 
 @pytest.mark.parametrize("numbers", [[96], [5, 2**32 - 1]])

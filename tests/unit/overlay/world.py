@@ -43,8 +43,8 @@ def noise(pages: int, seed: int = 1) -> Rows:
     return np.random.default_rng(seed).integers(0, 256, (pages, 4096), np.uint8)
 
 
-CONTENT = np.frombuffer(blake3(b"a file").digest(length=3 * 4096), np.uint8).reshape(3, 4096)
-"""Three pages that do not compress, the same for ever."""
+CONTENT = np.arange(3 * 512, dtype="<u8").view(np.uint8).reshape(3, 4096)
+"""Three pages of a file, each of whose words is another."""
 
 BUFFER = CONTENT.reshape(-1)[48 : 48 + 2 * 4096].reshape(2, 4096)
 """Two pages that hold the middle of the file, 48 bytes further on."""

@@ -8,7 +8,7 @@ in any field cannot exchange captures.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Self
 
@@ -19,6 +19,9 @@ PAGE_BYTES = 4096
 
 MEBIBYTE = 1 << 20
 GIBIBYTE = 1 << 30
+
+LARGEST_DISK_BYTES = 4 << 40
+"""The largest disk that a machine may have, in bytes: 4 TiB."""
 
 
 class Accelerator(StrEnum):
@@ -56,9 +59,6 @@ class Machine:
     @property
     def disk_blocks(self) -> int:
         return self.disk_bytes // PAGE_BYTES
-
-    def with_memory(self, memory_bytes: int) -> Machine:
-        return replace(self, memory_bytes=memory_bytes)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,16 +103,17 @@ class Readiness:
         kind, _, rest = text.partition(":")
         if kind == "agent" and not rest:
             return cls(ReadinessKind.AGENT)
-        if kind == "tcp" and rest.isdecimal() and 0 < int(rest) < 65536:
+        if kind == "tcp" and re.fullmatch(r"[0-9]{1,5}", rest) and 0 < int(rest) < 65536:
             return cls(ReadinessKind.TCP, port=int(rest))
-        if kind == "http" and (match := re.fullmatch(r"(\d{1,5})(/[\x21-\x7e]*)?", rest)):
+        if kind == "http" and (match := re.fullmatch(r"([0-9]{1,5})(/[\x21-\x7e]*)?", rest)):
             port = int(match[1])
             if 0 < port < 65536:
                 return cls(ReadinessKind.HTTP, port=port, path=match[2] or "/")
         if kind == "serial" and rest:
             try:
-                re.compile(rest)
-            except re.error as error:
+                # As it will be used: on the bytes of a console, where \u means nothing.
+                re.compile(rest.encode(), re.MULTILINE)
+            except (re.error, OverflowError, RecursionError, ValueError) as error:
                 raise UsageError(f"readiness rule {text!r}: {error}") from error
             return cls(ReadinessKind.SERIAL, pattern=rest)
         raise UsageError(

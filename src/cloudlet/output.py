@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,22 +30,25 @@ def written(output: Path) -> Iterator[BinaryIO]:
     """
     if output.is_dir():
         raise UsageError(f"{output} is a folder", hint="name a file")
-    name = output.with_name(f".{output.name}.{os.getpid()}.new")
+    # A name that nobody can have put there before.
+    name = output.with_name(f".{output.name[:200]}.{secrets.token_hex(8)}.new")
     try:
-        with _opened(output.absolute().parent, name) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            if not name.exists():
-                _give_name(file.fileno(), name)
-        name.replace(output)
+        file, nameless = _opened(output.absolute().parent, name)
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                if nameless:
+                    _give_name(file.fileno(), name)
+            name.replace(output)
+        finally:
+            with suppress(OSError):
+                name.unlink()
     except OSError as error:
         if error.errno in _NO_ROOM:
             raise CapacityError(f"no room for {output}", hint="free space, or write elsewhere") from error
         raise
-    finally:
-        with suppress(OSError):
-            name.unlink()
 
 
 def _give_name(descriptor: int, name: Path) -> None:
@@ -56,7 +60,8 @@ def _give_name(descriptor: int, name: Path) -> None:
         os.close(folder)
 
 
-def _opened(folder: Path, name: Path) -> BinaryIO:
+def _opened(folder: Path, name: Path) -> tuple[BinaryIO, bool]:
+    """A new file, and whether it is still without a name."""
     try:
         descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
     except FileNotFoundError as error:
@@ -64,5 +69,6 @@ def _opened(folder: Path, name: Path) -> BinaryIO:
     except OSError as error:
         if error.errno not in _NO_NAMELESS:
             raise
-        return name.open("w+b")
-    return os.fdopen(descriptor, "w+b")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.fdopen(os.open(name, flags, 0o666), "w+b"), False
+    return os.fdopen(descriptor, "w+b"), True

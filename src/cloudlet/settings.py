@@ -85,9 +85,9 @@ def load(
     try:
         conf(args=[], project="cloudlet", default_config_files=files, default_config_dirs=[])
         return Settings(
-            cache_dir=Path(cache_dir or conf.cache_dir or _xdg("XDG_CACHE_HOME", ".cache")).absolute(),
-            state_dir=Path(state_dir or conf.state_dir or _xdg("XDG_STATE_HOME", ".local/state")).absolute(),
-            keys_dir=Path(conf.keys_dir or config_dir / "keys").absolute(),
+            cache_dir=Path(cache_dir or conf.cache_dir or _xdg("XDG_CACHE_HOME", ".cache")).resolve(),
+            state_dir=Path(state_dir or conf.state_dir or _xdg("XDG_STATE_HOME", ".local/state")).resolve(),
+            keys_dir=Path(conf.keys_dir or config_dir / "keys").resolve(),
             hypervisor=conf.hypervisor,
             accelerator=conf.accelerator,
             qemu_binary=conf.qemu_binary,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 from blake3 import blake3
@@ -78,6 +79,13 @@ def digest_file(descriptor: int, progress: Progress | None = None) -> str:
         if progress:
             progress(min(size, (number + 1) * CHUNK_BYTES), size)
     return digest.hex()
+
+
+def tail_of(path: Path, size: int = 64 << 10) -> str:
+    """The end of a text that another process writes, however long it has become."""
+    with path.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+        return file.read(size).decode(errors="replace").strip()
 
 
 def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:

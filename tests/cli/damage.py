@@ -97,7 +97,7 @@ def _other_base_unsigned_for(data: bytes, sign: Sign) -> bytes:
 def _other_memory(data: bytes, sign: Sign) -> bytes:
     forged = Forged.of(data)
     machine = forged.root.machine
-    forged.root = replace(forged.root, machine=machine.with_memory(2 * machine.memory_bytes))
+    forged.root = replace(forged.root, machine=replace(machine, memory_bytes=2 * machine.memory_bytes))
     return signed(forged.data(), sign)
 
 

@@ -52,8 +52,8 @@ class Counting:
         with suppress(OSError):
             while True:
                 connection, (host, _) = self._tcp.accept()
-                connection.close()
                 self.callers.append(f"tcp {host}")
+                connection.close()
 
     def _receive(self) -> None:
         with suppress(OSError):

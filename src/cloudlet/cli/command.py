@@ -68,7 +68,7 @@ class CloudletApp(App):
     def say(self, text: str) -> None:
         """Tell a person what is being done; ``--quiet`` silences it."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
 
 class CloudletCommand(Command):
@@ -101,7 +101,7 @@ class CloudletCommand(Command):
     def _report(self, error: CloudletError) -> int:
         if self.app.options.debug:
             traceback.print_exception(error)
-        print(f"cloudlet: {error}", file=sys.stderr)
+        print(f"cloudlet: {printable(str(error))}", file=sys.stderr)
         try:
             sys.stdout.flush()
         except OSError:
@@ -115,6 +115,13 @@ class CloudletCommand(Command):
             Site.abandon(self.app.settings)
         except (CloudletError, OSError) as error:
             print(f"cloudlet: {error}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """A text in which a guest or a file may have a say, without what would steer a terminal."""
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
 
 
 def _drop_output() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
 from cliff.show import ShowOne
 
 from cloudlet.cli.command import CloudletCommand
@@ -75,17 +77,18 @@ class Create(CloudletCommand, ShowOne):
 
     def take_action(self, parsed_args: argparse.Namespace) -> Columns:
         site = self.app.site()
+        if wrong := [port for port in parsed_args.port if not 1 <= port <= 65535]:
+            raise UsageError(f"-p {wrong[0]}: a port is a number from 1 to 65535")
         base = site.bases.find(parsed_args.base)
         sign: Sign | None = None if parsed_args.unsigned else site.keys.signer(parsed_args.key)
         with progress_bar("packing", quiet=self.app.quiet) as progress:
             if parsed_args.recipe:
-                builds = site.settings.cache_dir / "recipes" / parsed_args.recipe.absolute().name
                 published = publishing.create_overlay(
                     site,
                     base,
                     parsed_args.recipe,
                     parsed_args.output.absolute(),
-                    build_folder=builds,
+                    build_folder=build_folder(site.settings.cache_dir, parsed_args.recipe),
                     sign=sign,
                     say=self.app.say,
                     progress=progress,
@@ -98,6 +101,7 @@ class Create(CloudletCommand, ShowOne):
                     ports=tuple(GuestPort(port) for port in parsed_args.port),
                     ready=Readiness.parse(parsed_args.ready) if parsed_args.ready else base.description.ready,
                 )
+                recipe.check_app(app)
                 published = publishing.create_interactively(
                     site,
                     base,
@@ -228,7 +232,7 @@ class Diff(CloudletCommand, ShowOne):
                 )
                 for name in (parsed_args.first, parsed_args.second)
             ]
-            base = site.bases.find(readers[0].root.base)
+            base = site.bases.get(readers[0].root.base)
             pages = stack.enter_context(base.pages())
             difference = compare(readers[0], readers[1], pages)
         values: dict[str, Any] = {
@@ -247,6 +251,13 @@ class RecipeSchema(CloudletCommand):
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         self.app.stdout.write(json.dumps(recipe.schema(), indent=2) + "\n")
+
+
+def build_folder(cache: Path, recipe_folder: Path) -> Path:
+    """Where a recipe's ``prepare`` keeps what it makes: another place for each recipe, by its whole path."""
+    place = recipe_folder.resolve()
+    digest = blake3(os.fsencode(place)).hexdigest()
+    return cache / "recipes" / f"{place.name}-{digest[:12]}"
 
 
 def _space(name: str, difference: SpaceDifference) -> dict[str, int]:

@@ -18,14 +18,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cloudlet.control.identity import CLONE_AGENT
+from cloudlet.control.image import check_header, check_info
 from cloudlet.control.media import write_iso
 from cloudlet.control.publishing import QUIET, make_quiet
 from cloudlet.control.readiness import guest_port, wait_ready
 from cloudlet.control.site import Site
-from cloudlet.errors import CapacityError, FailedError, NotFoundError, UsageError
+from cloudlet.errors import CapacityError, CorruptError, FailedError, NotFoundError, UsageError
 from cloudlet.hypervisor.driver import Boot, Instance
 from cloudlet.hypervisor.records import Workspace
-from cloudlet.model import MEBIBYTE, Firmware, Machine, PublishedPort, Readiness, ReadinessKind
+from cloudlet.model import (
+    LARGEST_DISK_BYTES,
+    MEBIBYTE,
+    Firmware,
+    Machine,
+    PublishedPort,
+    Readiness,
+    ReadinessKind,
+    format_bytes,
+)
+from cloudlet.overlay import canonical
 from cloudlet.sparse import Progress
 from cloudlet.store import bases as store
 from cloudlet.store.bases import Base, Guest
@@ -40,6 +51,8 @@ exit 1
 """
 """A module that fails makes ``status --wait`` return while others, and our last word, are still to come."""
 _GUESTS = Path(__file__).parents[1] / "guests"
+_READABLE = 0o444
+"""What QEMU reads by name it reads as another user, whatever this one's umask says."""
 
 Say = Callable[[str], None]
 
@@ -59,6 +72,9 @@ class BaseRequest:
 
 def build(site: Site, request: BaseRequest, recipe: str, say: Say, progress: Progress | None = None) -> Base:
     """Make a base from a guest recipe: the name of one of ours, or a folder with a ``build`` program."""
+    _check(request)
+    if not request.disk_bytes:
+        raise UsageError("the disk needs a size", hint="give --disk 4G, say")
     folder = _guest_recipe(recipe)
     machine = site.hypervisor.machine(
         memory_bytes=request.memory_bytes, disk_bytes=request.disk_bytes, cpus=request.cpus
@@ -70,12 +86,15 @@ def build(site: Site, request: BaseRequest, recipe: str, say: Say, progress: Pro
         for made, wanted in (("vmlinuz", store.KERNEL), ("initrd.img", store.INITRD)):
             if (path / made).exists():
                 (path / made).rename(path / wanted)
+                (path / wanted).chmod(_READABLE)
+        cmdline = (path / "cmdline").read_text().strip() if (path / "cmdline").exists() else ""
+        _check_line(cmdline, f"the cmdline of {folder.name}", 2048)
         boot = Boot(
             machine=machine,
             disk=path / store.DISK,
             kernel=_if_there(path / store.KERNEL),
             initrd=_if_there(path / store.INITRD),
-            cmdline=(path / "cmdline").read_text().strip() if (path / "cmdline").exists() else "",
+            cmdline=cmdline,
         )
         return _boot_and_capture(site, workspace, boot, request, say, progress)
 
@@ -93,12 +112,14 @@ def import_image(
     seed: Path | None = None,
     cloud_init: bool = False,
 ) -> Base:
-    """Make a base from a disk image of any kind that ``qemu-img`` reads.
+    """Make a base from a disk image that is one file (:mod:`cloudlet.control.image`).
 
     :param kernel: boot this kernel instead of the image's own boot loader.
     :param seed: an ISO image for the optical drive at the first boot.
     :param cloud_init: make such a seed, for an image with cloud-init.
     """
+    _check(request)
+    _check_line(cmdline, "--cmdline", 2048)
     if initrd and not kernel:
         raise UsageError("an initrd without a kernel", hint="give --kernel too")
     if seed and cloud_init:
@@ -128,6 +149,25 @@ def import_image(
         return _boot_and_capture(
             site, workspace, boot, request, say, progress, disables_cloud_init=cloud_init
         )
+
+
+def _check(request: BaseRequest) -> None:
+    """Find what would be refused at the end of the work before it begins."""
+    store.check_name(request.name)
+    _check_line(str(request.ready), "the readiness rule", 1024)
+    if request.disk_bytes % MEBIBYTE:
+        raise UsageError("the disk's size must be a multiple of 1 MiB", hint="give --disk 4G, say")
+    if request.disk_bytes > LARGEST_DISK_BYTES:
+        raise UsageError(f"a disk of {format_bytes(request.disk_bytes)} is too large", hint="up to 4T")
+
+
+def _check_line(text: str, what: str, most: int) -> None:
+    try:
+        canonical.line(text, what, most)
+    except CorruptError as error:
+        raise UsageError(error.message) from error
+    if len(text.encode()) > most:
+        raise UsageError(f"{what} is longer than {most} bytes")
 
 
 def _boot_and_capture(
@@ -247,17 +287,19 @@ def _convert(image: Path, disk: Path, wanted: int, workspace: Workspace) -> int:
         raise NotFoundError("qemu-img is not installed", hint="apt-get install qemu-utils")
     if not image.is_file():
         raise NotFoundError(f"{image} is not there")
-    info = json.loads(_tool([program, "info", "--output=json", str(image)], workspace))
-    if info.get("backing-filename"):
-        raise UsageError(
-            f"{image} needs another file ({info['backing-filename']})", hint="qemu-img rebase it"
-        )
+    check_header(image)
+    # By its whole path, for qemu-img takes nbd:x or json:x for more than a file's name.
+    source = str(image.absolute())
+    info = json.loads(_tool([program, "info", "--output=json", source], workspace))
+    check_info(image, info)
     virtual_size = int(info["virtual-size"])
     size = max(wanted, -(-virtual_size // MEBIBYTE) * MEBIBYTE)
     if wanted and wanted < virtual_size:
         raise UsageError(f"the image is larger ({info['virtual-size']} bytes) than the disk asked for")
+    if not 0 < size <= LARGEST_DISK_BYTES:
+        raise UsageError(f"{image} is a disk of {virtual_size} bytes", hint="a disk has up to 4 TiB")
     forms = ["-f", info["format"], "-O", "raw", "-S", "4k"]
-    _tool([program, "convert", *forms, str(image), str(disk)], workspace)
+    _tool([program, "convert", *forms, source, str(disk)], workspace)
     with disk.open("r+b") as file:
         file.truncate(size)
     return size
@@ -321,6 +363,7 @@ def _copy(source: Path | None, target: Path) -> Path | None:
         shutil.copyfile(source, target)
     except FileNotFoundError as error:
         raise NotFoundError(f"{source} is not there") from error
+    target.chmod(_READABLE)
     return target
 
 

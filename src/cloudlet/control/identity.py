@@ -19,19 +19,29 @@ CLONE_AGENT = "/usr/lib/cloudlet/clone-agent"
 _SECONDS = 30.0
 
 _STEP_BY_STEP = r"""
-date -u -s "@$1" >/dev/null 2>&1
-hostname "$2" 2>/dev/null || echo "$2" > /proc/sys/kernel/hostname
-echo "$2" > /etc/hostname
+status=0
+failed() { echo "cloudlet: $1" >&2; status=1; }
+# The date of some systems takes whole seconds only, and busybox's is content where the kernel refused.
+seconds=${1%.*}
+date -u -s "@$1" >/dev/null 2>&1 || date -u -s "@$seconds" >/dev/null 2>&1
+now=$(date -u +%s)
+{ [ "$now" -ge "$((seconds - 1))" ] && [ "$now" -le "$((seconds + 60))" ]; } ||
+  failed "the clock could not be set"
+hostname "$2" 2>/dev/null || echo "$2" > /proc/sys/kernel/hostname || failed "the host name could not be set"
+echo "$2" > /etc/hostname || failed "/etc/hostname could not be written"
 if [ -s /etc/machine-id ]; then
-  tr -d - < /proc/sys/kernel/random/uuid > /etc/machine-id
+  id=$(tr -d - < /proc/sys/kernel/random/uuid)
+  { [ "${#id}" -eq 32 ] && echo "$id" > /etc/machine-id; } || failed "/etc/machine-id could not be renewed"
 fi
 if command -v ssh-keygen >/dev/null 2>&1 && [ -d /etc/ssh ]; then
-  rm -f /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub
-  ssh-keygen -q -t ed25519 -N "" -f /etc/ssh/ssh_host_ed25519_key
+  rm -f /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub &&
+    ssh-keygen -q -t ed25519 -N "" -f /etc/ssh/ssh_host_ed25519_key >/dev/null </dev/null ||
+    failed "the SSH host key could not be renewed"
   pkill -HUP -x sshd 2>/dev/null
 fi
-exit 0
+exit "$status"
 """
+"""What a guest lacks (a machine id, SSH) is no failure; what it has and keeps is: clones would share it."""
 
 
 def renew(agent: GuestAgent | None, guest: Guest, host_name: str) -> float | None:

@@ -7,21 +7,23 @@ boots under emulation may need seconds for its first answer.
 
 from __future__ import annotations
 
-import http.client
 import re
+import socket
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from cloudlet.errors import FailedError, UsageError
 from cloudlet.hypervisor.driver import GuestAgent
 from cloudlet.model import Endpoint, Readiness, ReadinessKind
+from cloudlet.sparse import tail_of
 
 _FIRST_TRY, _LONGEST_TRY = 0.5, 10.0
 _PAUSE = 0.01
 _TAIL_BYTES = 1 << 16
+_LONGEST_STATUS = 1024
 _YES = ""
 """What a question is answered with when the rule holds; any other answer says why it does not yet."""
 
@@ -90,12 +92,22 @@ def _endpoint(instance: Watched, port: int) -> Endpoint:
 
 
 def _answers(endpoint: Endpoint, path: str, patience: float) -> str:
-    connection = http.client.HTTPConnection(endpoint.host, endpoint.host_port, timeout=patience)
-    with closing(connection), suppress(OSError, http.client.HTTPException):
-        connection.request("GET", path)
-        status = connection.getresponse().status
-        return _YES if status < 400 else f"{path} answers with status {status}"
-    return "no answer"
+    """Ask, and read no more than the status line; who drips or never ends does not outlast ``patience``."""
+    deadline = time.monotonic() + patience
+    address = (endpoint.host, endpoint.host_port)
+    said = b""
+    with suppress(OSError), socket.create_connection(address, patience) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: cloudlet\r\nConnection: close\r\n\r\n".encode())
+        while b"\n" not in said and len(said) < _LONGEST_STATUS:
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            if time.monotonic() > deadline or not (more := connection.recv(256)):
+                break
+            said += more
+    match = re.match(rb"HTTP/1\.[01] (\d{3})", said)
+    if not match:
+        return "no answer"
+    status = int(match[1])
+    return _YES if 200 <= status < 400 else f"{path} answers with status {status}"
 
 
 def _printed(log: Path, pattern: re.Pattern[bytes], start: int, patience: float) -> str:
@@ -109,7 +121,6 @@ def _printed(log: Path, pattern: re.Pattern[bytes], start: int, patience: float)
 
 def _console_hint(instance: Watched) -> str:
     with suppress(OSError):
-        lines = instance.console_log.read_text(errors="replace").strip().splitlines()
-        if lines:
+        if lines := tail_of(instance.console_log).splitlines():
             return f"the console's last line: {lines[-1].strip()[:120]}"
     return "the console printed nothing"

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from cloudlet.errors import CloudletError, NotFoundError, UsageError
+from cloudlet.errors import CloudletError, IntegrityError, NotFoundError, UsageError
 from cloudlet.model import GuestPort, Readiness
 from cloudlet.overlay.root import App, Publish
 
@@ -107,7 +107,8 @@ def read_recipe(folder: Path) -> Recipe:
     """
     path = folder / FILE
     try:
-        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        recipe = Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        check_app(recipe.app())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError(f"{path} is not there", hint="a recipe is a folder with recipe.yaml") from error
     except UnicodeDecodeError as error:
@@ -117,6 +118,20 @@ def read_recipe(folder: Path) -> Recipe:
     except ValidationError as error:
         wrong = "; ".join(f"{_place(problem['loc'])}: {problem['msg']}" for problem in error.errors())
         raise UsageError(f"{path}: {wrong}") from error
+    except UsageError as error:
+        raise UsageError(f"{path}: {error.message}") from error
+    return recipe
+
+
+def check_app(app: App) -> None:
+    """Whether an overlay can say this of its app; asked before the work, not after.
+
+    :raises UsageError: no reader would take it.
+    """
+    try:
+        app.check()
+    except IntegrityError as error:
+        raise UsageError(error.message) from error
 
 
 def schema() -> dict[str, Any]:

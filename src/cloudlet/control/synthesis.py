@@ -127,7 +127,7 @@ def resume_base(
 
 def _base_of(site: Site, root: Root) -> Base:
     try:
-        return site.bases.find(root.base)
+        return site.bases.get(root.base)
     except NotFoundError as error:
         raise NotFoundError(
             f"the overlay {root.app.name} is made for base {root.base[:16]}, which is not here",

@@ -53,12 +53,15 @@ def main(arguments: Sequence[str]) -> int:
     try:
         privileged = enter_empty_network()
         tap = plug_in(order.guest_mac)
+        server = dhcp.open_server()
+        give_up_rights(order.uid, order.gid, privileged=privileged)
     except RightMissingError as error:
         _tell(order.ready, "refused", str(error), error.hint)
         os.write(2, f"network process: {error}\n".encode())
         return 1
-    server = dhcp.open_server()
-    give_up_rights(order.uid, order.gid, privileged=privileged)
+    except OSError as error:
+        _tell(order.ready, "failed", f"the network cannot be furnished: {error.strerror}", "")
+        return 1
     Wire(loop, order.link, tap)
     dhcp.serve(loop, server)
     for listener, port in zip(order.listeners, order.guest_ports, strict=True):

@@ -91,17 +91,21 @@ class Record:
     uid: int | None = None
     """The user QEMU runs as, where it is not the owner's."""
     endpoints: tuple[Endpoint, ...] = ()
+    owner: ProcessId | None = None
     machine: ProcessId | None = None
     network: ProcessId | None = None
     ram_descriptor: int | None = None
-    """Under this number the machine's process holds the base's sealed RAM, for instances that come later."""
+    """Under this number the owner holds the machine's RAM file, the base's for instances that come later.
+
+    It is the owner's, not the machine's: a machine that was taken over can put another file there.
+    """
     detail: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         known = dict(data)
         known["endpoints"] = tuple(Endpoint(**endpoint) for endpoint in known["endpoints"])
-        for name in ("machine", "network"):
+        for name in ("owner", "machine", "network"):
             known[name] = ProcessId(**known[name]) if known[name] else None
         return cls(**known)
 
@@ -281,10 +285,33 @@ def _lock_file(path: Path) -> int:
     return descriptor
 
 
+def users_of_processes() -> set[int]:
+    """The users that any process runs as."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(FileNotFoundError):
+                found.add(entry.stat().st_uid)
+    return found
+
+
+def _left(path: Path, record: Record | None) -> list[ProcessId]:
+    """What still runs for a workspace: by its mark, and by its record.
+
+    A machine that was taken over can remove its mark, not its pid; and it can start no other process.
+    Its user is no sign: that may be another machine's by now.
+    """
+    found = set(processes_of(path))
+    if record:
+        found |= {process for process in (record.machine, record.network) if process and process.alive()}
+    return sorted(found, key=lambda process: process.pid)
+
+
 def _empty(path: Path) -> None:
     deadline = time.monotonic() + 10.0
+    record = read_record(path)
     # A process may have been forking while we looked: look until none is left.
-    while left := processes_of(path):
+    while left := _left(path, record):
         if time.monotonic() > deadline:
             pids = ", ".join(str(process.pid) for process in left)
             raise FailedError(f"processes {pids} of {path} do not end", hint="kill them and try again")
@@ -313,6 +340,10 @@ def _stat_fields(pid: int) -> list[str]:
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError) as error:
-        raise ProcessLookupError(pid) from error
+        raise _no_process(pid) from error
     # The command's name, in parentheses, may hold spaces and parentheses.
     return text.rpartition(")")[2].split()
+
+
+def _no_process(pid: int) -> ProcessLookupError:
+    return ProcessLookupError(errno.ESRCH, f"process {pid} is gone")

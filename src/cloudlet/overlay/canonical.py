@@ -7,11 +7,15 @@ what it says. :class:`Fields` takes an object apart with the type and range of e
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any, NoReturn
 
 from cloudlet.errors import CorruptError
 from cloudlet.overlay.limits import NUMBER
+
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 
 def encode(value: Any) -> bytes:
@@ -64,6 +68,15 @@ class Fields:
     def digest(self, key: str) -> bytes:
         return digest(self._value[key], f"{self.where}.{key}")
 
+    def time(self, key: str) -> str:
+        return time(self._value[key], f"{self.where}.{key}")
+
+    def truth(self, key: str) -> bool:
+        value = self._value[key]
+        if not isinstance(value, bool):
+            raise CorruptError(f"{self.where}.{key} is neither true nor false")
+        return value
+
     def list(self, key: str) -> list[Any]:
         value = self._value[key]
         if not isinstance(value, list):
@@ -83,6 +96,17 @@ def integer(value: Any, where: str, low: int = 0, high: int = NUMBER - 1) -> int
 def line(value: Any, where: str, most: int = 1024) -> str:
     if not isinstance(value, str) or len(value) > most or not value.isprintable():
         raise CorruptError(f"{where} is not a line of at most {most} printable characters")
+    return value
+
+
+def time(value: Any, where: str) -> str:
+    """A time in UTC, to the second, in the one form that sorts as it passes: 2026-11-24T23:00:00Z."""
+    try:
+        if not isinstance(value, str) or not _TIME.fullmatch(value):
+            raise ValueError("not of the form 2026-11-24T23:00:00Z")
+        datetime.fromisoformat(value)
+    except ValueError as error:
+        raise CorruptError(f"{where} is not a time in UTC: {error}") from error
     return value
 
 

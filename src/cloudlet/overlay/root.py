@@ -6,9 +6,7 @@ the list of device sections, the frames up to the hot ones and the index chunks 
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime
 from enum import StrEnum
 from typing import Any, NamedTuple, Self
 
@@ -20,7 +18,7 @@ from cloudlet.overlay.frames import ChunkEntry, FrameEntry, FrameKind
 from cloudlet.overlay.limits import DEVICE_BYTES, MAP_BYTES, ROOT_BYTES
 
 _AGENT = Readiness.parse("agent")
-_CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+_APP = ("name", "version", "summary", "ports", "ready", "publish")
 
 
 class DeviceSection(NamedTuple):
@@ -32,7 +30,10 @@ class DeviceSection(NamedTuple):
 
 
 class Publish(StrEnum):
-    """When an instance's ports are opened: when all is ready, or as soon as the app answers."""
+    """When an instance's endpoint is given out: when all is ready, or as soon as the app answers.
+
+    Its ports are bound from the start: a client who knows them already is answered whenever the app does.
+    """
 
     READY = "ready"
     ANSWERING = "answering"
@@ -58,6 +59,13 @@ class App:
             "ready": str(self.ready),
             "publish": self.publish.value,
         }
+
+    def check(self) -> None:
+        """Whether readers will take it: what a publisher wants to know before the work.
+
+        :raises CorruptError: they will not.
+        """
+        App.from_json(Fields(self.to_json(), "app", _APP))
 
     @classmethod
     def from_json(cls, app: Fields) -> Self:
@@ -167,11 +175,11 @@ class Root:
         top = Fields(canonical.decode(data, "the root"), "root", names)
         tables = top.fields("frames", ("map", "device", "hot"))
         root = cls(
-            App.from_json(top.fields("app", ("name", "version", "summary", "ports", "ready", "publish"))),
+            App.from_json(top.fields("app", _APP)),
             top.digest("base").hex(),
-            _created(top.text("created")),
-            tuple(_section(value) for value in top.list("device_sections")),
-            _machine(top),
+            top.time("created"),
+            read_sections(top, "device_sections"),
+            read_machine(top),
             _table(tables, "map", {FrameKind.MAP}),
             _table(tables, "device", {FrameKind.DEVICE}),
             _table(tables, "hot", {FrameKind.RAM, FrameKind.DISK}),
@@ -241,6 +249,14 @@ def _table(tables: Fields, name: str, kinds: set[FrameKind]) -> tuple[FrameEntry
     return entries
 
 
+def read_sections(top: Fields, key: str) -> tuple[DeviceSection, ...]:
+    """A list of device sections, in order.
+
+    :raises CorruptError: it is not one.
+    """
+    return tuple(_section(value) for value in top.list(key))
+
+
 def _section(value: Any) -> DeviceSection:
     name, instance, version = canonical.row(value, "device section", 3)
     return DeviceSection(
@@ -250,18 +266,12 @@ def _section(value: Any) -> DeviceSection:
     )
 
 
-def _created(text: str) -> str:
-    try:
-        if not _CREATED.fullmatch(text):
-            raise ValueError("not of the form 2026-11-24T23:00:00Z")
-        datetime.fromisoformat(text)
-    except ValueError as error:
-        raise CorruptError(f"root.created is not a time in UTC: {error}") from error
-    return text
+def read_machine(top: Fields) -> Machine:
+    """The member ``machine``; its fields are checked by the types that the dataclass declares.
 
-
-def _machine(top: Fields) -> Machine:
-    """The machine; its fields are checked by the types that the dataclass declares."""
+    :raises CorruptError: it is not a machine.
+    :raises LimitError: it has more pages than page numbers reach.
+    """
     names = [field.name for field in fields(Machine)]
     raw = top.fields("machine", names)
     whole = {field.name for field in fields(Machine) if field.type in (int, "int")}
@@ -269,9 +279,9 @@ def _machine(top: Fields) -> Machine:
     try:
         machine = Machine.from_json(values)
     except (ValueError, TypeError, KeyError) as error:
-        raise CorruptError(f"root.machine is not a machine: {error}") from error
+        raise CorruptError(f"{raw.where} is not a machine: {error}") from error
     if machine.memory_bytes % PAGE_BYTES or machine.disk_bytes % PAGE_BYTES:
-        raise CorruptError("root.machine: memory and disk are not whole pages")
+        raise CorruptError(f"{raw.where}: memory and disk are not whole pages")
     if max(machine.ram_pages, machine.disk_blocks) > 1 << 32:
-        raise LimitError("root.machine: more than 2^32 pages")
+        raise LimitError(f"{raw.where}: more than 2^32 pages")
     return machine

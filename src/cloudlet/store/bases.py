@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,15 +20,25 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from cloudlet.errors import ConflictError, CorruptError, NotFoundError, RefusedError, UsageError
+from cloudlet.errors import (
+    ConflictError,
+    CorruptError,
+    IntegrityError,
+    LimitError,
+    NotFoundError,
+    RefusedError,
+    UsageError,
+)
 from cloudlet.hypervisor.driver import BaseImage
 from cloudlet.hypervisor.records import Workspace, folder_lock, reap
-from cloudlet.model import PAGE_BYTES, Machine, Readiness
+from cloudlet.model import LARGEST_DISK_BYTES, MEBIBYTE, PAGE_BYTES, Machine, Readiness
 from cloudlet.overlay import canonical
 from cloudlet.overlay.base import BasePages
+from cloudlet.overlay.canonical import Fields
 from cloudlet.overlay.index import PageIndex
+from cloudlet.overlay.limits import DEVICE_BYTES
 from cloudlet.overlay.pages import Runs
-from cloudlet.overlay.root import DeviceSection
+from cloudlet.overlay.root import DeviceSection, read_machine, read_sections
 from cloudlet.sparse import Progress, data_ranges, digest_file
 
 FORMAT = 1
@@ -38,6 +49,15 @@ _INDEX = "page-index"
 _DOCUMENT = "base.json"
 _NEW = ".new-"
 """How the name of a folder begins that somebody works in."""
+_LARGEST_BOOT_FILE = 512 * MEBIBYTE
+_MOST_BYTES = {DISK: LARGEST_DISK_BYTES, RAM: LARGEST_DISK_BYTES, DEVICE_STATE: DEVICE_BYTES}
+_MEMBERS = ("format", "machine", "sections", "cmdline", "ready", "guest", "files")
+_IDENTITY = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LIKE_AN_IDENTITY = re.compile(r"[0-9A-Fa-f]{16,}")
+# These two become parts of QEMU's options, where a comma would begin another one.
+_MACHINE_TYPE = re.compile(r"(pc-q35-[0-9]+\.[0-9]+|fake-[0-9]+)")
+_CPU_MODEL = re.compile(r"[A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +73,10 @@ class Guest:
 
     def to_json(self) -> dict[str, bool]:
         return {"agent": self.agent, "clone_agent": self.clone_agent, "quiet": self.quiet}
+
+    @classmethod
+    def from_json(cls, guest: Fields) -> Guest:
+        return cls(guest.truth("agent"), guest.truth("clone_agent"), guest.truth("quiet"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,30 +103,79 @@ class Description:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Description:
-        """Read a description.
+    def from_json(cls, data: Any) -> Description:
+        """Read a description; whoever wrote it is not trusted, for it may have come in an export.
 
-        :raises CorruptError: it is not one.
+        :raises CorruptError: it is not one, or it contradicts itself.
+        :raises LimitError: it declares more than a base may have.
         """
+        if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
+            raise CorruptError(f"the base has format {data['format']!r}, this program reads {FORMAT}")
+        top = Fields(data, "description", _MEMBERS)
+        cmdline = top.text("cmdline", 2048)
+        if len(cmdline.encode()) > 2048:
+            raise CorruptError("description.cmdline is longer than 2048 bytes")
         try:
-            if data["format"] != FORMAT:
-                raise CorruptError(f"the base has format {data['format']}, this program reads {FORMAT}")
-            if not set(data["files"]) <= set(FILES) or not {DISK, RAM, DEVICE_STATE} <= set(data["files"]):
-                raise CorruptError("the base lists other files than a base has")
-            return cls(
-                machine=Machine.from_json(data["machine"]),
-                sections=tuple(DeviceSection(*section) for section in data["sections"]),
-                cmdline=data["cmdline"],
-                ready=Readiness.parse(data["ready"]),
-                guest=Guest(**data["guest"]),
-                files={name: (int(size), str(digest)) for name, (size, digest) in data["files"].items()},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
-            raise CorruptError(f"the base's description is damaged: {error!r}") from error
+            ready = Readiness.parse(top.text("ready"))
+        except UsageError as error:
+            raise CorruptError(f"description.ready: {error.message}") from error
+        description = cls(
+            machine=read_machine(top),
+            sections=read_sections(top, "sections"),
+            cmdline=cmdline,
+            ready=ready,
+            guest=Guest.from_json(top.fields("guest", ("agent", "clone_agent", "quiet"))),
+            files=_files(data["files"]),
+        )
+        description._check_machine()
+        if description.to_json() != data:
+            raise CorruptError("description.ready is not written as this program writes it")
+        return description
+
+    def _check_machine(self) -> None:
+        if not _MACHINE_TYPE.fullmatch(self.machine.machine_type):
+            raise CorruptError(f"description.machine: no machine type {self.machine.machine_type!r} is known")
+        if not _CPU_MODEL.fullmatch(self.machine.cpu_model):
+            raise CorruptError(f"description.machine: {self.machine.cpu_model!r} is not a CPU model")
+        for name, bytes_of_machine in ((RAM, self.machine.memory_bytes), (DISK, self.machine.disk_bytes)):
+            if self.files[name][0] != bytes_of_machine:
+                raise CorruptError(
+                    f"{name} of the base has {self.files[name][0]} bytes, its machine {bytes_of_machine}"
+                )
 
     @property
     def identity(self) -> str:
         return blake3(canonical.encode(self.to_json())).hexdigest()
+
+
+def _files(value: Any) -> dict[str, tuple[int, str]]:
+    if not isinstance(value, dict) or not {DISK, RAM, DEVICE_STATE} <= value.keys() <= set(FILES):
+        raise CorruptError("the base lists other files than a base has")
+    files = {}
+    for name, entry in value.items():
+        size, digest = canonical.row(entry, f"{name} of the base", 2)
+        files[name] = (
+            canonical.integer(size, f"the size of {name}"),
+            canonical.digest(digest, f"the digest of {name}").hex(),
+        )
+        if size > (most := _MOST_BYTES.get(name, _LARGEST_BOOT_FILE)):
+            raise LimitError(f"{name} of the base declares {size} bytes, {most} are allowed")
+    return files
+
+
+def check_name(name: str) -> str:
+    """A name that a base may have: one that can be typed, and that nobody takes for an identity.
+
+    :raises UsageError: it is not one.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot be a base's name",
+            hint="give --name: up to 64 letters, digits, dots, underscores and dashes",
+        )
+    if _LIKE_AN_IDENTITY.fullmatch(name):
+        raise UsageError(f"{name!r} looks like the id of a base", hint="give another --name")
+    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +185,9 @@ class Base:
     path: Path
     name: str
     created: str
-    """UTC, ISO 8601."""
+    """When it was captured, as who captured it says: UTC, ISO 8601."""
+    adopted: int
+    """When it was taken in here under its name, in nanoseconds of this machine's clock."""
     description: Description
 
     @property
@@ -183,16 +258,30 @@ class BaseStore:
         self.folder = folder
 
     def all(self) -> list[Base]:
-        """All bases, oldest first."""
+        """All bases, the one that was taken in last at the end."""
         found = [self._read(path.parent) for path in self.folder.glob(f"*/{_DOCUMENT}")]
-        return sorted((base for base in found if base), key=lambda base: (base.created, base.id))
+        return sorted((base for base in found if base), key=lambda base: (base.adopted, base.id))
+
+    def get(self, identity: str) -> Base:
+        """The base with exactly this identity, whatever names there are.
+
+        :raises NotFoundError: it is not here.
+        """
+        base = self._read(self.folder / identity) if _IDENTITY.fullmatch(identity) else None
+        if base is None:
+            raise NotFoundError(f"base {identity} is not here", hint="cloudlet base import FILE")
+        return base
 
     def find(self, reference: str) -> Base:
-        """The base with this name or this beginning of its identity; of several with a name the newest.
+        """The base with this identity, else with this name, else with this beginning of its identity.
+
+        Of several with a name it is the one that was taken in here last, whatever date an export carried.
 
         :raises NotFoundError: none.
         :raises ConflictError: the beginning of an identity fits several.
         """
+        with suppress(NotFoundError):
+            return self.get(reference)
         bases = self.all()
         if named := [base for base in bases if base.name == reference]:
             return named[-1]
@@ -234,25 +323,37 @@ class BaseStore:
         return Description(machine, sections, cmdline, ready, guest, files)
 
     def adopt(self, folder: Path, description: Description, name: str, created: str) -> Base:
-        """Take the files in ``folder`` (of this file system) as a base; one that is here already stays."""
+        """Take the files in ``folder`` (of this file system) as a base; one that is here already stays.
+
+        The base has its name as of now: what other base was taken in under it before yields
+        (:meth:`find`). The time of modification of ``base.json`` records that moment.
+
+        :param created: when it was captured; of a base that is here already the date stays.
+        :raises UsageError: no base may have that name.
+        """
+        check_name(name)
         identity = description.identity
         target = self.folder / identity
         with folder_lock(self.folder):
-            if not (target / _DOCUMENT).exists():
+            here = self._read(target)
+            document = {
+                "name": name,
+                "created": here.created if here else created,
+                "description": description.to_json(),
+            }
+            if here:
+                temporary = folder / _DOCUMENT
+                temporary.write_text(json.dumps(document, indent=1))
+                temporary.replace(target / _DOCUMENT)
+            else:
                 shutil.rmtree(target, ignore_errors=True)
                 staged = folder / "adopted"
                 staged.mkdir(mode=0o755)
                 for file in description.files:
                     (folder / file).rename(staged / file)
                     (staged / file).chmod(0o444)
-                document = {"name": name, "created": created, "description": description.to_json()}
                 (staged / _DOCUMENT).write_text(json.dumps(document, indent=1))
                 staged.rename(target)
-            elif (base := self._read(target)) and base.name != name:
-                document = {"name": name, "created": created, "description": description.to_json()}
-                temporary = folder / _DOCUMENT
-                temporary.write_text(json.dumps(document, indent=1))
-                temporary.replace(target / _DOCUMENT)
         adopted = self._read(target)
         assert adopted
         return adopted
@@ -301,12 +402,16 @@ class BaseStore:
 
     def _read(self, path: Path) -> Base | None:
         try:
-            document = json.loads((path / _DOCUMENT).read_text())
-            description = Description.from_json(document["description"])
-            return Base(path, str(document["name"]), str(document["created"]), description)
+            with (path / _DOCUMENT).open(encoding="utf-8") as file:
+                document = json.load(file)
+                adopted = os.fstat(file.fileno()).st_mtime_ns
+            created = canonical.time(document["created"], "created")
+            return Base(
+                path, str(document["name"]), created, adopted, Description.from_json(document["description"])
+            )
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, KeyError, TypeError, CorruptError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError, IntegrityError) as error:
             raise CorruptError(
                 f"{path / _DOCUMENT} is damaged", hint=f"remove {path}, and import or build the base again"
             ) from error

@@ -15,11 +15,11 @@ from typing import Any, BinaryIO
 
 from blake3 import blake3
 
-from cloudlet.errors import CorruptError, LimitError, NotFoundError, TruncatedError
+from cloudlet.errors import CorruptError, LimitError, NotFoundError, TruncatedError, UsageError
 from cloudlet.output import written
 from cloudlet.overlay import canonical
 from cloudlet.sparse import CHUNK_BYTES, Progress, SparseDigest, chunks, write_at
-from cloudlet.store.bases import FILES, Base, BaseStore, Description
+from cloudlet.store.bases import FILES, Base, BaseStore, Description, check_name
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -33,7 +33,6 @@ _END = (1 << 64) - 1
 _DIGEST_BYTES = 32
 _LONGEST_DOCUMENT = 1 << 20
 _LONGEST_CHUNK = CHUNK_BYTES + (64 << 10)
-_LARGEST_FILE = 1 << 44
 
 
 def export_base(base: Base, output: Path, progress: Progress | None = None) -> int:
@@ -62,8 +61,14 @@ def import_base(
 ) -> Base | None:
     """Take a base from a file that :func:`export_base` wrote; None if the file is something else.
 
+    Whoever wrote it is not trusted: all that its document says is checked before a file is read.
+
+    :param name: what to call it here; None: what it was called there.
     :raises IntegrityError: it is such a file, but not whole; nothing is kept.
+    :raises UsageError: no base may have that name.
     """
+    if name is not None:
+        check_name(name)
     try:
         file = path.open("rb")
     except FileNotFoundError as error:
@@ -73,6 +78,7 @@ def import_base(
             return None
         document = _read_document(file)
         description = Description.from_json(document["description"])
+        name = name or _name_of(document)
         with store.workspace() as workspace:
             total = sum(size for size, _ in description.files.values())
             done = 0
@@ -84,7 +90,7 @@ def import_base(
                     progress(done, total)
             if file.read(1):
                 raise CorruptError(f"{path} goes on after its end")
-            base = store.adopt(workspace.path, description, name or document["name"], document["created"])
+            base = store.adopt(workspace.path, description, name, document["created"])
     base.index(progress)
     return base
 
@@ -103,14 +109,18 @@ def _read_document(file: BinaryIO) -> dict[str, Any]:
     document = canonical.decode(head, "the base's document")
     if not isinstance(document, dict) or set(document) != {"name", "created", "description"}:
         raise CorruptError("the base's document has other members than a base's")
-    if not isinstance(document["name"], str) or not isinstance(document["created"], str):
-        raise CorruptError("the base's name or date is not a text")
+    canonical.time(document["created"], "the base's date")
     return document
 
 
+def _name_of(document: dict[str, Any]) -> str:
+    try:
+        return check_name(canonical.line(document["name"], "the base's name"))
+    except UsageError as error:
+        raise CorruptError(error.message, hint="give it a name with --name") from error
+
+
 def _read_file(file: BinaryIO, target: Path, name: str, size: int, digest: str) -> None:
-    if not 0 <= size <= _LARGEST_FILE:
-        raise LimitError(f"{name} of the base declares {size} bytes")
     found = SparseDigest(size)
     last = -1
     with target.open("wb") as out:

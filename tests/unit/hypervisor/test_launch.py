@@ -84,7 +84,9 @@ def test_what_is_started_is_confined(tmp_path: Path) -> None:
         descriptor = os.open(secret, os.O_RDONLY)
         try:
             script = _LOOK.replace("<&9", f"<&{descriptor}")
-            process = launch.start(["/bin/bash", "-c", script], workspace, [descriptor], uid)
+            process = launch.start(
+                ["/bin/bash", "-c", script], workspace, [descriptor], launch.confinement(uid)
+            )
         finally:
             os.close(descriptor)
         assert process.wait(20.0) == 0

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cloudlet.errors import FailedError
+from cloudlet.errors import CorruptError
 from cloudlet.hypervisor.qemu.qcow2 import Qcow2Writer, changed_ranges
 from cloudlet.model import GIBIBYTE
 
@@ -53,7 +53,7 @@ def check(path: Path, size: int, blocks: list[int]) -> None:
     assert json.loads(tool("qemu-img", "info", "--output=json", str(path)))["virtual-size"] == size
     found = {}
     with path.open("rb") as file:
-        for start, length, offset in changed_ranges(path):
+        for start, length, offset in changed_ranges(path, size):
             assert offset is not None
             for at in range(0, length, BLOCK):
                 found[(start + at) // BLOCK] = os.pread(file.fileno(), BLOCK, offset + at)
@@ -138,7 +138,7 @@ def test_qemu_can_write_on_in_the_file(tmp_path: Path) -> None:
     assert "No errors" in tool("qemu-img", "check", "-f", "qcow2", path)
     tool("qemu-io", "-f", "qcow2", "-c", "read -P 7 16M 12M", path)
     blocks: dict[int, bool] = {}
-    for start, length, offset in changed_ranges(tmp_path / "disk"):
+    for start, length, offset in changed_ranges(tmp_path / "disk", LARGE):
         blocks |= dict.fromkeys(range(start // BLOCK, (start + length) // BLOCK), offset is None)
     assert sorted(blocks) == [0, 700, *range(4096, 7168), LARGE // BLOCK - 1]
     assert [block for block, zero in blocks.items() if zero] == [700]
@@ -152,5 +152,35 @@ def test_the_file_must_be_new(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_disk(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(b"no disk")
-    with pytest.raises(FailedError, match="qemu-img cannot read"):
-        changed_ranges(tmp_path / "disk")
+    with pytest.raises(CorruptError, match="it is cut"):
+        changed_ranges(tmp_path / "disk", 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("at", "new"),
+    [
+        (0, b"XXXX"),  # another format
+        (8, (4096).to_bytes(8, "big")),  # a backing file
+        (20, (16).to_bytes(4, "big")),  # larger clusters
+        (24, (1 << 40).to_bytes(8, "big")),  # another size
+        (36, (1 << 30).to_bytes(4, "big")),  # a huge root table
+        (40, (1 << 40).to_bytes(8, "big")),  # a root table beyond the file
+        (72, (4).to_bytes(8, "big")),  # blocks in another file
+        (4096, b"\x80" + (1 << 40).to_bytes(7, "big")),  # a table beyond the file
+    ],
+)
+def test_what_a_machine_that_was_taken_over_can_write(tmp_path: Path, at: int, new: bytes) -> None:
+    write(tmp_path / "disk", 1 << 20, [3, 9])
+    with (tmp_path / "disk").open("r+b") as file:
+        os.pwrite(file.fileno(), new, at)
+    with pytest.raises(CorruptError):
+        changed_ranges(tmp_path / "disk", 1 << 20)
+
+
+def test_one_cluster_for_all_blocks(tmp_path: Path) -> None:
+    write(tmp_path / "disk", 1 << 21, [3])
+    with (tmp_path / "disk").open("r+b") as file:
+        root = int.from_bytes(os.pread(file.fileno(), 8, 4096), "big") & ~(1 << 63)
+        os.pwrite(file.fileno(), os.pread(file.fileno(), 8, root + 24) * 512, root)
+    with pytest.raises(CorruptError, match="cannot be where it says"):
+        changed_ranges(tmp_path / "disk", 1 << 21)

@@ -205,3 +205,13 @@ def test_a_process_with_a_strange_name_has_a_start_time(tmp_path: Path) -> None:
             assert own <= start_time_of(process.pid) < own + 3600 * os.sysconf("SC_CLK_TCK")
         finally:
             process.kill()
+
+
+def test_a_recorded_process_without_the_mark_is_ended_too(tmp_path: Path) -> None:
+    """As one that was taken over would hide: it can overwrite its environment, not its pid."""
+    with subprocess.Popen(["sleep", "60"], env={}) as process:
+        workspace = Workspace.create(tmp_path)
+        workspace.write(Record("x", "x", 0.0, machine=ProcessId.of(process.pid)))
+        workspace.remove()
+        assert process.wait(5.0) == -signal.SIGKILL
+    assert not workspace.path.exists()

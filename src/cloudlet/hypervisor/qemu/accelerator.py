@@ -13,11 +13,11 @@ import platform
 import select
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cloudlet.hypervisor.qemu.machine import MACHINE_TYPE, TCG_CPU_MODEL
+from cloudlet.hypervisor.qemu.machine import MACHINE_TYPE, SANDBOX, TCG_CPU_MODEL
 from cloudlet.model import Accelerator
 
 DEADLINE = 4.0
@@ -36,13 +36,19 @@ class Choice:
 
 
 def choose(
-    wanted: str, binary: str, version: tuple[int, int], memory: Path, kernels: Callable[[], list[Path]]
+    wanted: str,
+    binary: str,
+    version: tuple[int, int],
+    memory: Path,
+    kernels: Callable[[], list[Path]],
+    confine: Sequence[str] = (),
 ) -> Choice:
     """The accelerator to use.
 
     :param wanted: ``kvm``, ``tcg``, or ``auto`` to find out.
     :param memory: file that remembers what was found out for this QEMU and kernel.
     :param kernels: Linux kernels to try KVM with, asked for only if there is something to try.
+    :param confine: how a machine is confined here: one that may not open ``/dev/kvm`` cannot use it.
     """
     if wanted != "auto":
         accelerator = Accelerator(wanted)
@@ -57,7 +63,7 @@ def choose(
     candidates = kernels()
     if not candidates:
         return _tcg("no kernel to probe KVM with; build a base first")
-    works, finding = probe(binary, candidates[0], Accelerator.KVM)
+    works, finding = probe(binary, candidates[0], Accelerator.KVM, confine=confine)
     choice = Choice(Accelerator.KVM, _cpu_model(Accelerator.KVM), finding) if works else _tcg(finding)
     memory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     memory.write_text(json.dumps({key: asdict(choice)}, indent=1))
@@ -65,27 +71,48 @@ def choose(
 
 
 def probe(
-    binary: str, kernel: Path, accelerator: Accelerator, deadline: float = DEADLINE
+    binary: str,
+    kernel: Path,
+    accelerator: Accelerator,
+    deadline: float = DEADLINE,
+    *,
+    confine: Sequence[str] = (),
 ) -> tuple[bool, str]:
     """Whether a kernel prints anything within ``deadline`` seconds, and a sentence that says so."""
+    try:
+        with kernel.open("rb") as file:
+            printed, seconds = _boot(binary, file.fileno(), accelerator, deadline, confine)
+    except OSError as error:
+        return False, f"{accelerator.value} could not be tried with {kernel}: {error.strerror}"
+    if printed:
+        return True, f"a kernel under {accelerator.value} printed after {seconds:.1f} s"
+    return False, f"a kernel under {accelerator.value} printed nothing in {seconds:.1f} s"
+
+
+def _boot(
+    binary: str, kernel: int, accelerator: Accelerator, deadline: float, confine: Sequence[str]
+) -> tuple[bool, float]:
     argv = [
-        binary, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        *confine, binary, "-sandbox", SANDBOX,
+        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-machine", MACHINE_TYPE, "-accel", accelerator.value, "-cpu", _cpu_model(accelerator), "-m", "256M",
-        "-kernel", str(kernel), "-append", "console=ttyS0 earlyprintk=ttyS0 panic=-1", "-serial", "stdio",
+        "-kernel", f"/proc/self/fd/{kernel}", "-append", "console=ttyS0 earlyprintk=ttyS0 panic=-1",
+        "-serial", "stdio",
     ]  # fmt: skip
     began = time.monotonic()
     with subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        pass_fds=(kernel,),
     ) as process:
         assert process.stdout
         try:
             printed = _first_byte(process.stdout.fileno(), began + deadline)
         finally:
             process.kill()
-    seconds = time.monotonic() - began
-    if printed:
-        return True, f"a kernel under {accelerator.value} printed after {seconds:.1f} s"
-    return False, f"a kernel under {accelerator.value} printed nothing in {seconds:.1f} s"
+    return printed, time.monotonic() - began
 
 
 def _first_byte(descriptor: int, deadline: float) -> bool:

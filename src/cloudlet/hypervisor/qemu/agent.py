@@ -22,6 +22,8 @@ from cloudlet.hypervisor.qemu.sockets import connect
 
 _LONGEST_ANSWER = 64 << 20
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.25
+_LAST_ANSWER = 2.0
+"""Seconds beyond a program's deadline for the agent to say that it has not ended."""
 
 
 class QemuGuestAgent:
@@ -56,7 +58,7 @@ class QemuGuestAgent:
         if stdin:
             arguments["input-data"] = base64.b64encode(stdin).decode()
         deadline = time.monotonic() + timeout
-        with self._conversation(timeout) as talk:
+        with self._conversation(timeout + _LAST_ANSWER) as talk:
             pid = talk.call("guest-exec", **arguments)["pid"]
             pause = _FIRST_PAUSE
             while not (status := talk.call("guest-exec-status", pid=pid))["exited"]:
@@ -118,7 +120,10 @@ class _Talk:
 
     def _line(self) -> bytes:
         while b"\n" not in self._pending:
-            self._connection.settimeout(max(0.001, self._deadline - time.monotonic()))
+            left = self._deadline - time.monotonic()
+            if left <= 0:  # also for one who never stops talking
+                raise TimeoutError
+            self._connection.settimeout(left)
             if not (more := self._connection.recv(1 << 16)):
                 raise ConnectionError("the agent's channel was closed")
             self._pending += more

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +19,11 @@ import numpy as np
 
 from cloudlet.errors import FailedError, RefusedError
 from cloudlet.model import PAGE_BYTES
+from cloudlet.sparse import write_at
 
 _PRESENT, _SWAPPED, _OF_FILE = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)
-_RUN_PAGES = 1024
-"""Longest run that is read at once: 4 MiB."""
+_BUFFER_PAGES = 512
+"""Pages that are read before they are written: 2 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +68,34 @@ def private_pages(mapping: Mapping) -> np.ndarray[Any, Any]:
 
 
 def read_pages(mapping: Mapping, numbers: np.ndarray[Any, Any], target: int) -> None:
-    """Copy pages, in the order of ``numbers`` (sorted), to the file ``target`` from its beginning."""
-    buffer = memoryview(bytearray(_RUN_PAGES * PAGE_BYTES))
-    with Path(f"/proc/{mapping.pid}/mem").open("rb", buffering=0) as memory:
-        for start, end in _runs(numbers):
-            part = buffer[: (end - start) * PAGE_BYTES]
-            address = mapping.address + int(numbers[start]) * PAGE_BYTES
-            if os.preadv(memory.fileno(), [part], address) != len(part):
-                raise FailedError(f"cannot read the memory of process {mapping.pid} at {address:#x}")
-            _write_all(target, part)
+    """Copy pages, in the order of ``numbers`` (sorted), to the file ``target`` from its beginning.
+
+    The machine is paused meanwhile: one buffer is written to the file while the next one is filled.
+    """
+    buffers = [memoryview(bytearray(_BUFFER_PAGES * PAGE_BYTES)) for _ in range(2)]
+    with (
+        Path(f"/proc/{mapping.pid}/mem").open("rb", buffering=0) as memory,
+        ThreadPoolExecutor(1, thread_name_prefix="spool") as writer,
+    ):
+        written: list[Future[None]] = []
+        for turn, at in enumerate(range(0, len(numbers), _BUFFER_PAGES)):
+            if turn > 1:
+                written[turn - 2].result()
+            batch = numbers[at : at + _BUFFER_PAGES]
+            room = buffers[turn % 2][: len(batch) * PAGE_BYTES]
+            _fill(memory.fileno(), mapping, batch, room)
+            written.append(writer.submit(write_at, target, room, at * PAGE_BYTES))
+        for future in written[-2:]:
+            future.result()
+
+
+def _fill(memory: int, mapping: Mapping, numbers: np.ndarray[Any, Any], room: memoryview) -> None:
+    breaks = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
+    for first, after in pairwise(breaks):
+        part = room[first * PAGE_BYTES : after * PAGE_BYTES]
+        address = mapping.address + int(numbers[first]) * PAGE_BYTES
+        if os.preadv(memory, [part], address) != len(part):
+            raise FailedError(f"cannot read the memory of process {mapping.pid} at {address:#x}")
 
 
 def check_access(pid: int) -> None:
@@ -88,21 +109,6 @@ def check_access(pid: int) -> None:
         if error.errno in (errno.EPERM, errno.EACCES):
             raise _refused() from error
         raise FailedError(f"process {pid} is gone") from error
-
-
-def _runs(numbers: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
-    """Index ranges of consecutive page numbers, none longer than the buffer."""
-    breaks = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
-    return [
-        (start, min(start + _RUN_PAGES, last))
-        for first, last in pairwise(breaks)
-        for start in range(first, last, _RUN_PAGES)
-    ]
-
-
-def _write_all(descriptor: int, content: memoryview) -> None:
-    while content:
-        content = content[os.write(descriptor, content) :]
 
 
 def _refused() -> RefusedError:

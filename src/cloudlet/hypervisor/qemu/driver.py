@@ -37,6 +37,7 @@ from cloudlet.hypervisor.records import (
     folder_lock,
     reap,
     records,
+    users_of_processes,
 )
 from cloudlet.model import Accelerator, Firmware, Machine, PublishedPort
 from cloudlet.settings import Settings
@@ -58,6 +59,7 @@ class _Plan:
     uefi_vars: Path | None
     optical: Path | None = None
     incoming: int | None = None
+    base_uefi_vars: Path | None = None
 
 
 class QemuHypervisor:
@@ -72,7 +74,13 @@ class QemuHypervisor:
         """The accelerator and CPU model for new bases, and why these."""
         binary, version = launch.find_qemu(self._settings.qemu_binary)
         memory = self._settings.state_dir / "accelerator.json"
-        return accelerator.choose(self._settings.accelerator, binary, version, memory, self._kernels)
+        nobody_elses = self._settings.instance_uid_first + self._settings.instance_uid_count
+        confine = launch.confinement(
+            nobody_elses if launch.runs_as_root() else None,
+            kvm=Path("/dev/kvm").exists(),
+            dies_with_parent=True,
+        )
+        return accelerator.choose(self._settings.accelerator, binary, version, memory, self._kernels, confine)
 
     def accelerator(self) -> Accelerator:
         return self.choice().accelerator
@@ -117,7 +125,8 @@ class QemuHypervisor:
         with ExitStack() as on_error:
             workspace, bound = self._begin(ports, on_error)
             ram = writable_ram(boot.machine.memory_bytes, workspace.id)
-            on_error.callback(os.close, ram)
+            until_started = on_error.enter_context(ExitStack())
+            until_started.callback(os.close, ram)
             plan = _Plan(
                 machine=boot.machine, disk=boot.disk, disk_format="raw", backing=None, ram=ram,
                 ram_shared=True, kernel=boot.kernel, initrd=boot.initrd, cmdline=boot.cmdline,
@@ -125,6 +134,7 @@ class QemuHypervisor:
             )  # fmt: skip
             record = Record(id=workspace.id, name=name, created=time.time())
             instance, network = self._start(plan, workspace, bound, record)
+            until_started.pop_all()  # the RAM is the instance's now
             on_error.callback(instance.stop)
             on_error.callback(network.release)
             wait_network(instance, network)
@@ -132,7 +142,6 @@ class QemuHypervisor:
             instance.fresh_blocks = ramblocks.digests(instance.monitor)
             instance.resume()
             on_error.pop_all()
-            os.close(ram)
             return instance
 
     def resume(
@@ -147,12 +156,13 @@ class QemuHypervisor:
         with ExitStack() as on_error, ExitStack() as always:
             workspace, bound = self._begin(ports, on_error)
             siblings = [
-                (record.machine, record.ram_descriptor)
+                (record.owner, record.ram_descriptor)
                 for _, record in records(self._settings.instances_dir)
-                if record.base_id == base.base_id and record.machine and record.ram_descriptor
+                if record.base_id == base.base_id and record.owner and record.ram_descriptor
             ]
             ram = coming_ram(base.base_id, base.ram, siblings)
-            on_error.callback(ram.close)
+            until_started = on_error.enter_context(ExitStack())
+            until_started.callback(ram.close)
             disk = Qcow2Writer(workspace.path / DISK, base.machine.disk_bytes)
             on_error.callback(disk.close)
             uefi_vars = None
@@ -166,6 +176,7 @@ class QemuHypervisor:
                 machine=base.machine, disk=workspace.path / DISK, disk_format="qcow2",
                 backing=base.disk, ram=ram.descriptor, ram_shared=False, kernel=base.kernel,
                 initrd=base.initrd, cmdline=base.cmdline, uefi_vars=uefi_vars, incoming=theirs,
+                base_uefi_vars=base.uefi_vars,
             )  # fmt: skip
             record = Record(
                 id=workspace.id,
@@ -175,8 +186,10 @@ class QemuHypervisor:
                 overlay_id=overlay_id,
             )
             instance, network = self._start(plan, workspace, bound, record)
+            until_started.pop_all()  # the RAM is the instance's now
             on_error.callback(instance.stop)
             on_error.callback(network.release)
+            on_error.callback(ram.join)
             firmware = self._firmware(base.machine)
             on_error.pop_all()
             starting = Starting(instance, network, ram)
@@ -213,10 +226,12 @@ class QemuHypervisor:
                 record,
                 uid=self._free_uid() if launch.runs_as_root() else None,
                 endpoints=tuple(port.endpoint for port in bound),
+                owner=ProcessId.of(os.getpid()),
                 ram_descriptor=plan.ram,
                 detail={
                     "machine": plan.machine.to_json(),
                     "backing": str(plan.backing) if plan.backing else "",
+                    "uefi_vars": str(plan.base_uefi_vars) if plan.base_uefi_vars else "",
                 },
             )
             workspace.write(record)
@@ -231,11 +246,12 @@ class QemuHypervisor:
             backends = self._backends(plan, workspace, always, network_end=network.qemu_fd)
             binary, _ = launch.find_qemu(self._settings.qemu_binary)
             argv = command_line(binary, plan.machine, backends, workspace.id, run=plan.incoming is not None)
-            process = launch.start(argv, workspace, backends.descriptors(), record.uid)
+            confine = launch.confinement(record.uid, kvm=plan.machine.accelerator is Accelerator.KVM)
+            process = launch.start(argv, workspace, backends.descriptors(), confine)
             record = replace(record, machine=ProcessId.of(process.pid))
             workspace.write(record)
             on_error.pop_all()
-        return QemuInstance(workspace.path, record, plan.machine, workspace, process), network
+        return QemuInstance(workspace.path, record, plan.machine, workspace, process, plan.ram), network
 
     def _backends(
         self, plan: _Plan, workspace: Workspace, always: ExitStack, *, network_end: int
@@ -275,7 +291,8 @@ class QemuHypervisor:
         return launch.find_bios(binary).read_bytes()
 
     def _free_uid(self) -> int:
-        used = {record.uid for _, record in records(self._settings.instances_dir)}
+        # Of this state folder, and of whatever else runs here: two machines must never share a user.
+        used = {record.uid for _, record in records(self._settings.instances_dir)} | users_of_processes()
         first = self._settings.instance_uid_first
         for uid in range(first, first + self._settings.instance_uid_count):
             if uid not in used:
@@ -284,7 +301,7 @@ class QemuHypervisor:
 
     def _kernels(self) -> list[Path]:
         ours = sorted(self._settings.bases_dir.glob("*/kernel"))
-        return ours + sorted(Path("/boot").glob("vmlinuz-*"))
+        return sorted(Path("/boot").glob("vmlinuz-*")) + ours
 
 
 def uefi_code() -> Path:

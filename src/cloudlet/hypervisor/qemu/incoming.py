@@ -55,9 +55,9 @@ class Starting:
         self.close()
 
     def close(self) -> None:
-        """Close what is held here of them. Can be called again."""
+        """Hold nothing of them any more. Can be called again."""
         self._network.release()
-        self._ram.close()
+        self._ram.join()
 
 
 def wait_network(instance: QemuInstance, network: NetworkProcess) -> None:

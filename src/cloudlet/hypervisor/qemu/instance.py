@@ -6,6 +6,7 @@ it. A later process that adopts the instance from its record has the same view.
 
 from __future__ import annotations
 
+import filecmp
 import os
 import select
 import socket
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from cloudlet.errors import CloudletError, FailedError
+from cloudlet.errors import CloudletError, FailedError, RefusedError
 from cloudlet.hypervisor.driver import BaseCapture, Capture, RunState
 from cloudlet.hypervisor.qemu import changed, launch, ramblocks, sections, stream
 from cloudlet.hypervisor.qemu.agent import QemuGuestAgent
@@ -28,6 +29,7 @@ from cloudlet.hypervisor.qemu.qcow2 import changed_ranges
 from cloudlet.hypervisor.qemu.sockets import connect
 from cloudlet.hypervisor.records import ProcessId, Record, Workspace, cpu_seconds_of
 from cloudlet.model import PAGE_BYTES, Endpoint, Machine
+from cloudlet.overlay.limits import DEVICE_BYTES
 from cloudlet.overlay.pages import PageSource
 from cloudlet.sparse import copy_data, data_ranges
 
@@ -51,12 +53,14 @@ class QemuInstance:
         machine: Machine,
         workspace: Workspace | None = None,
         process: subprocess.Popen[bytes] | None = None,
+        ram: int = -1,
     ) -> None:
         self.directory = directory
         self.record = record
         self.machine = machine
         self._workspace = workspace
         self._process = process
+        self._ram = ram
         self._monitor: Monitor | None = None
         self.fresh_blocks: ramblocks.Digests = {}
         """Memory besides the guest's RAM as it was before a machine that was booted ran."""
@@ -144,20 +148,17 @@ class QemuInstance:
         state = self._device_state()
         pause_seconds = time.perf_counter() - began
         ramblocks.check(self.fresh_blocks, ramblocks.digests(self.monitor))
-        with ram.open("wb") as target:
+        with ram.open("wb") as target, self._ram_path().open("rb") as source:
             target.truncate(self.machine.memory_bytes)
-            source = os.open(self._ram_path(), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                copy_data(source, target.fileno())
-            finally:
-                os.close(source)
+            copy_data(source.fileno(), target.fileno())
         return BaseCapture(ram, state, sections.read_sections(state), pause_seconds)
 
     def capture(self) -> Capture:
         # What can be done before the pause is: QEMU must answer, and its memory must be readable.
         process = self._machine_process()
         self.monitor.execute("query-status")
-        inode = Path(self._ram_path()).stat().st_ino
+        self._check_uefi_vars()
+        inode = self._ram_path().stat().st_ino
         mapping = changed.find_mapping(process.pid, inode, self.machine.memory_bytes)
         laps = _Laps()
         self.pause()
@@ -208,10 +209,17 @@ class QemuInstance:
         for process in (self.record.machine, self.record.network):
             if process:
                 process.kill()
-        if self._process:
-            self._process.wait(10.0)
-        if self._workspace:
-            self._workspace.remove()
+        try:
+            if self._process:
+                self._process.wait(10.0)
+        except subprocess.TimeoutExpired as error:
+            raise FailedError(f"QEMU {self._process.pid if self._process else ''} does not end") from error
+        finally:
+            if self._ram >= 0:
+                os.close(self._ram)
+                self._ram = -1
+            if self._workspace:
+                self._workspace.remove()
 
     def last_words(self) -> str:
         """What QEMU said at its end, for an error message."""
@@ -222,8 +230,26 @@ class QemuInstance:
             raise FailedError(f"instance {self.id} is gone: {self.last_words()}")
         return self.record.machine
 
-    def _ram_path(self) -> str:
-        return f"/proc/{self._machine_process().pid}/fd/{self.record.ram_descriptor}"
+    def _ram_path(self) -> Path:
+        """The machine's RAM file, as its owner holds it."""
+        if self._ram >= 0:
+            return Path(f"/proc/self/fd/{self._ram}")
+        owner = self.record.owner
+        if not owner or not owner.alive():
+            raise FailedError(f"the owner of instance {self.id} is gone", hint="cloudlet ps")
+        return Path(f"/proc/{owner.pid}/fd/{self.record.ram_descriptor}")
+
+    def _check_uefi_vars(self) -> None:
+        """An overlay does not carry UEFI variables: they must be the base's.
+
+        :raises RefusedError: the guest has changed them.
+        """
+        base = self.record.detail.get("uefi_vars")
+        if base and not filecmp.cmp(base, self.directory / UEFI_VARS, shallow=False):
+            raise RefusedError(
+                "the guest has changed its UEFI variables, which an overlay does not carry",
+                hint="make that change in the base: cloudlet base import",
+            )
 
     def _device_state(self) -> bytes:
         path = self.directory / "device.state"
@@ -236,7 +262,11 @@ class QemuInstance:
             self.monitor.execute("xen-save-devices-state", filename=name, live=False)
         finally:
             self.monitor.execute("remove-fd", fdset_id=number)
-        return stream.device_sections(path.read_bytes())
+        with path.open("rb") as file:
+            saved = file.read(DEVICE_BYTES + 1)
+        if len(saved) > DEVICE_BYTES:
+            raise RefusedError(f"the device state has more than {DEVICE_BYTES} bytes")
+        return stream.device_sections(saved)
 
     def _copy_disk(self) -> np.ndarray[Any, Any]:
         """Copy the changed blocks out of the instance's disk; their numbers, in order."""
@@ -263,7 +293,7 @@ class QemuInstance:
         """
         base = os.open(self.record.detail["backing"], os.O_RDONLY | os.O_CLOEXEC)
         try:
-            for start, length, offset in changed_ranges(self.directory / DISK):
+            for start, length, offset in changed_ranges(self.directory / DISK, self.machine.disk_bytes):
                 if offset is not None:
                     yield start, length, offset
                     continue

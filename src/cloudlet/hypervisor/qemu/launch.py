@@ -17,40 +17,46 @@ from pathlib import Path
 
 from cloudlet.errors import FailedError, NotFoundError
 from cloudlet.hypervisor.records import Workspace
+from cloudlet.sparse import tail_of
 
 OLDEST = (7, 2)
 _BIOS = "bios-256k.bin"
 
 
-def confinement(uid: int | None) -> list[str]:
+def confinement(uid: int | None, *, kvm: bool = False, dies_with_parent: bool = False) -> list[str]:
     """The beginning of a command line that confines what follows.
 
     :param uid: run as this user and group, without network; None keeps the caller's user (and network
         namespace, since making one takes a right that an ordinary user may not have).
+    :param kvm: with the group that may open ``/dev/kvm``, and no other.
+    :param dies_with_parent: the kernel ends it when the thread that started it ends.
     """
     no_cores = ["prlimit", "--core=0", "--"]
+    with_parent = ["--pdeathsig=KILL"] if dies_with_parent else []
     if uid is None:
-        return [*no_cores, "setpriv", "--no-new-privs", "--"]
+        return [*no_cores, "setpriv", "--no-new-privs", *with_parent, "--"]
+    groups = f"--groups={Path('/dev/kvm').stat().st_gid}" if kvm else "--clear-groups"
     return [
         *no_cores, "unshare", "--net", "--ipc", "--",
-        "setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--no-new-privs",
-        "--inh-caps=-all", "--bounding-set=-all", "--",
+        "setpriv", f"--reuid={uid}", f"--regid={uid}", groups, "--no-new-privs",
+        "--inh-caps=-all", "--bounding-set=-all", *with_parent, "--",
     ]  # fmt: skip
 
 
 def start(
-    argv: Sequence[str], workspace: Workspace, descriptors: Sequence[int], uid: int | None
+    argv: Sequence[str], workspace: Workspace, descriptors: Sequence[int], confine: Sequence[str]
 ) -> subprocess.Popen[bytes]:
     """Start QEMU confined, in a session of its own; what it prints goes to ``qemu.log``.
 
+    :param confine: from :func:`confinement`.
     :raises NotFoundError: a program that confines it is not installed.
     """
-    for program in {"prlimit", "unshare", "setpriv"}.intersection(confinement(uid)):
+    for program in {"prlimit", "unshare", "setpriv"}.intersection(confine):
         if not shutil.which(program):
             raise NotFoundError(f"{program} is not installed", hint="apt-get install util-linux")
     with (workspace.path / "qemu.log").open("ab") as log:
         return subprocess.Popen(
-            [*confinement(uid), *argv],
+            [*confine, *argv],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -64,7 +70,7 @@ def start(
 def last_words(directory: Path) -> str:
     """The last line QEMU printed, for error messages."""
     try:
-        lines = (directory / "qemu.log").read_text(errors="replace").strip().splitlines()
+        lines = tail_of(directory / "qemu.log").splitlines()
     except FileNotFoundError:
         return ""
     telling = [

@@ -46,7 +46,7 @@ _NO_OFFLOADS = ",".join(
     )
 )  # fmt: skip
 
-_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def command_line(
     """The whole command line of a machine; with ``run=False`` its CPUs wait for ``cont``."""
     return [
         binary, "-name", f"guest={name}", "-nodefaults", "-no-user-config", "-display", "none",
-        "-sandbox", _SANDBOX,
+        "-sandbox", SANDBOX,
         "-accel", machine.accelerator.value, "-cpu", f"{machine.cpu_model},enforce",
         "-smp", str(machine.cpus),
         *_memory(machine, backends),

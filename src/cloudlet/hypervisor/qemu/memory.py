@@ -2,8 +2,8 @@
 
 QEMU 7.2 insists on opening its memory file for writing, even for a private mapping, and a QEMU that
 was taken over could then change the base under every other instance. A memory file sealed against
-writing cannot be changed by anyone, and gives the pages back when its last user is gone. Nobody has
-to keep it: whoever starts an instance takes the file from a running sibling, or fills a new one.
+writing cannot be changed by anyone, and gives the pages back when its last user is gone. Each
+owner of an instance keeps it open: whoever starts another one takes it from there, or fills a new one.
 """
 
 from __future__ import annotations
@@ -45,15 +45,18 @@ class ComingRam:
 
         :raises CapacityError: there is not enough memory.
         """
-        if self._thread:
-            self._thread.join()
+        self.join()
         if self._error:
             raise self._error
 
-    def close(self) -> None:
-        """Close the descriptor; who has mapped the file keeps it. Can be called again."""
+    def join(self) -> None:
+        """Wait until nothing is done to the file any more. Can be called again."""
         if self._thread:
             self._thread.join()
+
+    def close(self) -> None:
+        """Close the descriptor; who has mapped the file keeps it. Can be called again."""
+        self.join()
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
@@ -97,16 +100,22 @@ def is_sealed(descriptor: int) -> bool:
 
 def _take(base_id: str, process: ProcessId, number: int) -> int | None:
     try:
-        path = f"/proc/{process.pid}/fd/{number}"
-        if not str(Path(path).readlink()).startswith(f"/memfd:{_name(base_id)} "):
+        # Of its owner, who keeps it: QEMU itself could have put anything under that number.
+        path = Path(f"/proc/{process.pid}/fd/{number}")
+        if not _is_ram_of(path, base_id):
             return None
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return None
-    if process.alive() and is_sealed(descriptor):
+    ours = Path(f"/proc/self/fd/{descriptor}")
+    if process.alive() and _is_ram_of(ours, base_id) and is_sealed(descriptor):
         return descriptor
     os.close(descriptor)
     return None
+
+
+def _is_ram_of(descriptor: Path, base_id: str) -> bool:
+    return str(descriptor.readlink()).startswith(f"/memfd:{_name(base_id)} ")
 
 
 def _filling(base_id: str, ram: Path) -> ComingRam:

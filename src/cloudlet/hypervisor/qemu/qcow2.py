@@ -10,17 +10,15 @@ QEMU is given the base's disk as a descriptor.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
-import subprocess
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cloudlet.errors import FailedError
+from cloudlet.errors import CorruptError
 from cloudlet.model import PAGE_BYTES
 from cloudlet.overlay.pages import Numbers, Rows
 from cloudlet.sparse import write_at
@@ -29,7 +27,8 @@ _CLUSTER_BITS = 12
 _PER_TABLE = PAGE_BYTES // 8
 _COUNT_ORDER = 4
 _COUNTS_PER_BLOCK = PAGE_BYTES // 2
-_COPIED = np.uint64(1 << 63)
+_COPIED, _COMPRESSED, _ZERO = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1)
+_OFFSET = np.uint64(0x00FF_FFFF_FFFF_FE00)
 _HEADER_BYTES = 104
 
 
@@ -107,22 +106,70 @@ class Qcow2Writer:
         write_at(self.descriptor, memoryview(raw), cluster * PAGE_BYTES)
 
 
-def changed_ranges(path: Path, binary: str = "qemu-img") -> list[tuple[int, int, int | None]]:
-    """What the top layer of a qcow2 file holds: (offset on the disk, length, offset in the file), in bytes.
+def changed_ranges(path: Path, disk_bytes: int) -> list[tuple[int, int, int | None]]:
+    """What an instance's qcow2 file holds: (offset on the disk, length, offset in the file), in bytes.
 
-    The third is None where the range reads as zeros. The file may be in use by a paused machine.
+    The third is None where the range reads as zeros. The machine is paused, so its tables are written.
+    They are read here and not by a tool: QEMU could have written anything there, and a tool would follow
+    a name of another file, or run for ever.
+
+    :raises CorruptError: the file is not what :class:`Qcow2Writer` made and QEMU filled.
     """
-    command = [binary, "map", "--force-share", "--output=json", "--format=qcow2", str(path)]
-    result = subprocess.run(command, capture_output=True, check=False)
-    if result.returncode:
-        raise FailedError(
-            f"qemu-img cannot read the instance's disk: {result.stderr.decode(errors='replace').strip()}"
-        )
-    return [
-        (extent["start"], extent["length"], None if extent["zero"] else extent["offset"])
-        for extent in json.loads(result.stdout)
-        if extent["depth"] == 0 and (extent["data"] or extent.get("present", extent["zero"]))
-    ]
+    with path.open("rb") as file:
+        root = _read_root(file.fileno(), disk_bytes)
+        blocks, entries = _read_tables(file.fileno(), root)
+        size = os.fstat(file.fileno()).st_size
+    if not len(blocks):
+        return []
+    zero = (entries & _ZERO) != 0
+    offsets = np.where(zero, 0, entries & _OFFSET).astype(np.int64)
+    if (entries & _COMPRESSED).any() or int(np.count_nonzero(~zero)) > _clusters(size):
+        raise _changed("its blocks cannot be where it says")
+    if int(offsets.max()) > size:
+        raise _changed("it ends before its blocks")
+    apart = (np.diff(blocks) != 1) | (zero[1:] != zero[:-1])
+    apart |= ~zero[1:] & (np.diff(offsets) != PAGE_BYTES)
+    ranges = []
+    for first, after in pairwise([0, *(np.flatnonzero(apart) + 1).tolist(), len(blocks)]):
+        offset = None if zero[first] else int(offsets[first])
+        ranges.append((int(blocks[first]) * PAGE_BYTES, (after - first) * PAGE_BYTES, offset))
+    return ranges
+
+
+def _read_root(descriptor: int, disk_bytes: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    head = os.pread(descriptor, _HEADER_BYTES, 0)
+    if len(head) < _HEADER_BYTES:
+        raise _changed("it is cut")
+    magic, version, backing, _, bits, size, crypt, entries, at = struct.unpack_from(">4sIQIIQIIQ", head)
+    (incompatible,) = struct.unpack_from(">Q", head, 72)
+    wanted = (b"QFI\xfb", 3, 0, _CLUSTER_BITS, disk_bytes, 0, _times(_clusters(disk_bytes), _PER_TABLE), 0)
+    if (magic, version, backing, bits, size, crypt, entries, incompatible) != wanted:
+        raise _changed("its header was changed")
+    return _read_table(descriptor, at, entries)
+
+
+def _read_tables(
+    descriptor: int, root: np.ndarray[Any, np.dtype[np.uint64]]
+) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.uint64]]]:
+    """The blocks that are mapped, in order, and their entries."""
+    blocks, entries = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
+    for number in np.flatnonzero(root & _OFFSET).tolist():
+        table = _read_table(descriptor, int(root[number] & _OFFSET), _PER_TABLE)
+        held = np.flatnonzero(table)
+        blocks.append(held + number * _PER_TABLE)
+        entries.append(table[held])
+    return np.concatenate(blocks), np.concatenate(entries)
+
+
+def _read_table(descriptor: int, offset: int, entries: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    raw = os.pread(descriptor, entries * 8, offset)
+    if len(raw) != entries * 8:
+        raise _changed("it ends before its tables")
+    return np.frombuffer(raw, ">u8").astype(np.uint64)
+
+
+def _changed(how: str) -> CorruptError:
+    return CorruptError(f"the instance's disk is not as it was made: {how}", hint="stop the instance")
 
 
 def _clusters(size: int) -> int:

@@ -33,6 +33,7 @@ asks for them, and the UEFI variables, whose file is captured beside the disk.""
 
 _ZERO, _SIZES, _PAGE, _END, _SAME_BLOCK = 0x02, 0x04, 0x08, 0x10, 0x20
 _SECONDS = 20.0
+_MOST_BYTES = 256 << 20
 
 Digests = Mapping[str, str]
 """Digest of each block's content by its name."""
@@ -84,7 +85,10 @@ def read_blocks(stream: BinaryIO) -> dict[str, str]:
     """The digests of all blocks in a migration stream, the shared RAM left out."""
     _skip_head(stream)
     sizes = _read_sizes(stream)
-    contents = {name: bytearray(size) for name, size in sizes.items() if name != RAM_BLOCK}
+    others = {name: size for name, size in sizes.items() if name != RAM_BLOCK}
+    if sum(others.values()) > _MOST_BYTES:
+        raise FailedError(f"QEMU lists {sum(others.values())} bytes of other memory")
+    contents = {name: bytearray(size) for name, size in others.items()}
     _read_pages(stream, contents)
     return {name: blake3(content).hexdigest() for name, content in contents.items()}
 

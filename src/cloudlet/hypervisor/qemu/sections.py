@@ -67,7 +67,7 @@ def _find_end(state: bytes, position: int, number: int) -> int:
     while (found := state.find(footer, position)) >= 0:
         after = found + len(footer)
         # A footer's bytes may occur by chance within a section: a section or the end must follow.
-        if state[after:] == bytes([_END]) or _is_header(state, after):
+        if (after == len(state) - 1 and state[after] == _END) or _is_header(state, after):
             return after
         position = found + 1
     raise CorruptError(f"device section {number} has no end")

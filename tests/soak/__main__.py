@@ -37,6 +37,7 @@ from tests.cli.traces import running, traces
 from tests.conftest import KEPT, CommandLine
 from tests.images.build import TestImage, build
 
+FUZZER = Path(__file__).parents[1] / "fuzz" / "fuzz_overlay.py"
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "soak-main.md"
 
 
@@ -171,6 +172,17 @@ def damaged_exports(soak: Soak) -> None:
     exported.unlink()
 
 
+def fuzzed_reader(soak: Soak) -> None:
+    def runs(count: int) -> Iterator[str]:
+        seed = soak.dice("fuzz").randrange(1 << 32)
+        command = [sys.executable, str(FUZZER), "--plain", "--runs", str(count), "--seed", str(seed)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or f"{count} runs" not in done.stdout.splitlines()[-1]:
+            yield f"seed {seed}: {(done.stdout + done.stderr)[-400:]}"
+
+    soak.row("overlay reader fuzzed", "clean error or the right pages, memory bounded", 100_000, runs)
+
+
 def killed_commands(soak: Soak) -> None:
     def kills(arguments: list[str | Path], longest: float, name: str) -> Callable[[int], Iterator[str]]:
         def tries(count: int) -> Iterator[str]:
@@ -237,8 +249,8 @@ def report(soak: Soak, began: float) -> str:
         "",
         f"Made by `python -m tests.soak --seed {soak.seed} --scale {soak.scale:g}` on "
         f"{datetime.now(UTC):%Y-%m-%d}, in {(time.monotonic() - began) / 60:.0f} minutes, with "
-        f"{qemu.stdout.splitlines()[0].removeprefix('QEMU emulator version ')} (QEMU), Python "
-        f"{platform.python_version()} and Linux {platform.release()}. The guest is the tests' quick guest "
+        f"QEMU {qemu.stdout.split()[3]}, Python "
+        f"{platform.python_version()} and Linux {platform.release().partition('-')[0]}. The guest is the tests' quick guest "
         f"under TCG; its overlay has {soak.overlay.stat().st_size:,} bytes.",
         "",
         "| fault | expected | tried | not so | seconds |",
@@ -276,7 +288,13 @@ def main() -> int:
         soak = Soak(command_line(settings), folder, image, options.seed, options.scale)
         try:
             soak.set_up()
-            for part in (damaged_overlays, damaged_exports, killed_commands, interrupted_commands):
+            for part in (
+                damaged_overlays,
+                damaged_exports,
+                fuzzed_reader,
+                killed_commands,
+                interrupted_commands,
+            ):
                 part(soak)
         finally:
             soak.cloudlet("ps")  # removes what is left of what was killed, before its folder goes

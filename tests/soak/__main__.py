@@ -251,7 +251,8 @@ def report(soak: Soak, began: float) -> str:
         f"{datetime.now(UTC):%Y-%m-%d}, in {(time.monotonic() - began) / 60:.0f} minutes, with "
         f"QEMU {qemu.stdout.split()[3]}, Python "
         f"{platform.python_version()} and Linux {platform.release().partition('-')[0]}. "
-        f"The guest is the tests' quick guest under TCG; its overlay has {soak.overlay.stat().st_size:,} bytes.",
+        f"The guest is the tests' quick guest under TCG; its overlay has "
+        f"{soak.overlay.stat().st_size:,} bytes.",
         "",
         "| fault | expected | tried | not so | seconds |",
         "|---|---|---:|---:|---:|",

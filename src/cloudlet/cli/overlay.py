@@ -293,6 +293,8 @@ def _report(published: Published, base_bytes: int) -> Columns:
         "bytes_head": report.head_bytes,
         "seconds_paused": round(published.pause_seconds, 3),
     }
+    for part, seconds in published.paused.items():
+        values[f"seconds_paused_{part.replace(' ', '_')}"] = round(seconds, 3)
     for step, seconds in published.seconds.items():
         values["seconds_" + step.replace(" ", "_").replace("/", "_of_")] = seconds
     return tuple(values), tuple(values.values())

@@ -55,6 +55,8 @@ class Published:
     path: Path
     report: CreateReport
     pause_seconds: float
+    paused: dict[str, float] = field(default_factory=dict)
+    """Seconds of each step within the pause."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds per step, in order."""
 
@@ -196,7 +198,7 @@ def _capture_and_pack(
         capture = instance.capture()
     with steps("pack"):
         report = _pack(base, capture, app, output, sign, progress, plain_delta)
-    return Published(output, report, capture.pause_seconds, steps.seconds)
+    return Published(output, report, capture.pause_seconds, capture.seconds, steps.seconds)
 
 
 def _wait_ready(base: Base, instance: Instance, app: App) -> None:

@@ -70,8 +70,10 @@ def private_pages(mapping: Mapping) -> np.ndarray[Any, Any]:
 def read_pages(mapping: Mapping, numbers: np.ndarray[Any, Any], target: int) -> None:
     """Copy pages, in the order of ``numbers`` (sorted), to the file ``target`` from its beginning.
 
-    The machine is paused meanwhile: one buffer is written to the file while the next one is filled.
+    The machine is paused meanwhile: one buffer is written to the file while the next one is filled, and
+    pages of zeros, which a guest that cleans what it frees has many of, become holes.
     """
+    os.ftruncate(target, len(numbers) * PAGE_BYTES)
     buffers = [memoryview(bytearray(_BUFFER_PAGES * PAGE_BYTES)) for _ in range(2)]
     with (
         Path(f"/proc/{mapping.pid}/mem").open("rb", buffering=0) as memory,
@@ -84,7 +86,7 @@ def read_pages(mapping: Mapping, numbers: np.ndarray[Any, Any], target: int) -> 
             batch = numbers[at : at + _BUFFER_PAGES]
             room = buffers[turn % 2][: len(batch) * PAGE_BYTES]
             _fill(memory.fileno(), mapping, batch, room)
-            written.append(writer.submit(write_at, target, room, at * PAGE_BYTES))
+            written.append(writer.submit(_write_filled, target, room, at * PAGE_BYTES))
         for future in written[-2:]:
             future.result()
 
@@ -96,6 +98,13 @@ def _fill(memory: int, mapping: Mapping, numbers: np.ndarray[Any, Any], room: me
         address = mapping.address + int(numbers[first]) * PAGE_BYTES
         if os.preadv(memory, [part], address) != len(part):
             raise FailedError(f"cannot read the memory of process {mapping.pid} at {address:#x}")
+
+
+def _write_filled(target: int, room: memoryview, offset: int) -> None:
+    filled = np.frombuffer(room, np.uint64).reshape(-1, PAGE_BYTES // 8).any(axis=1)
+    edges = np.flatnonzero(np.diff(filled, prepend=False, append=False)).tolist()
+    for first, after in zip(edges[::2], edges[1::2], strict=True):
+        write_at(target, room[first * PAGE_BYTES : after * PAGE_BYTES], offset + first * PAGE_BYTES)
 
 
 def check_access(pid: int) -> None:

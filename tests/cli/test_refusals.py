@@ -120,7 +120,6 @@ def test_a_cache_that_others_keep_may_be_read_only(
     [
         ("qemu-system-x86_64", "apt-get install qemu-system-x86"),
         ("xorriso", "apt-get install xorriso"),
-        ("qemu-img", "qemu-img"),
         ("setpriv", "apt-get install util-linux"),
     ],
 )
@@ -134,6 +133,15 @@ def test_a_program_is_missing(
     assert says in done.err
     assert len(done.err.splitlines()) == 1
     assert traces(cloudlet.settings, tmp_path) == []
+
+
+def test_the_program_that_reads_images_is_missing(
+    cloudlet: CommandLine, programs: Path, tmp_path: Path
+) -> None:
+    (programs / "qemu-img").unlink()
+    (tmp_path / "image.raw").write_bytes(bytes(1 << 20))
+    line = refused(cloudlet("base", "import", tmp_path / "image.raw", PATH=str(programs)), 3)
+    assert "apt-get install qemu-utils" in line
 
 
 def test_qemu_is_too_old(hello: Hello, cloudlet: CommandLine, programs: Path) -> None:

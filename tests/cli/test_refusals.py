@@ -140,7 +140,7 @@ def test_the_program_that_reads_images_is_missing(
 ) -> None:
     (programs / "qemu-img").unlink()
     (tmp_path / "image.raw").write_bytes(bytes(1 << 20))
-    line = refused(cloudlet("base", "import", tmp_path / "image.raw", PATH=str(programs)), 3)
+    line = refused(cloudlet("-q", "base", "import", tmp_path / "image.raw", PATH=str(programs)), 3)
     assert "apt-get install qemu-utils" in line
 
 

@@ -94,7 +94,8 @@ def run(
                 _anonymous(word, plain.machine)
                 for word in command_line(binary, plain.machine, backends, workspace.id)
             ]
-            process = launch.start([*argv, *extra], workspace, backends.descriptors(), uid)
+            confine = launch.confinement(uid)
+            process = launch.start([*argv, *extra], workspace, backends.descriptors(), confine)
             record = Record(
                 id=workspace.id,
                 name="plain",

@@ -14,7 +14,6 @@ changed.py         which pages an instance has changed, and their bytes
 sections.py        the list of device sections in a device state
 ramblocks.py       that the guest's RAM is all the memory there is to capture
 accelerator.py     KVM where it really works, else TCG
-records.py         what runs, on disk, so that a later process can adopt or remove it
 instance.py        one machine that runs
 incoming.py        one machine that is being filled
 driver.py          the driver that ties them

@@ -19,7 +19,7 @@ from benchmarks.lab import compress_image, full_image
 from benchmarks.transfers import bytes_per_second, download_and_boot, served, wire
 from cloudlet.control.site import Site
 from cloudlet.control.source import open_source
-from cloudlet.control.synthesis import synthesise
+from cloudlet.control.synthesis import Request, synthesise
 from cloudlet.hypervisor.driver import Instance
 from cloudlet.overlay.reader import OverlayReader
 
@@ -74,7 +74,9 @@ def _synthesis(site: Site, overlay: Path, ask: Question, mbit: int) -> float:
         began = time.monotonic()
         with (
             open_source(url, io.BytesIO(), bytes_per_second(mbit)) as source,
-            synthesise(site, source, allow_unsigned=True, answering=answered) as made,
+            synthesise(
+                site, source, Request(allow_unsigned=True, use_image=False), answering=answered
+            ) as made,
         ):
             if not took:  # an app that is published when it is ready
                 answered(made.instance)

@@ -15,7 +15,8 @@ from benchmarks.results import Results
 from benchmarks.starts import saved
 from benchmarks.transfers import compress_into
 from cloudlet.control.source import open_source
-from cloudlet.control.synthesis import synthesise
+from cloudlet.control.start import Start
+from cloudlet.control.synthesis import Request, synthesise
 from cloudlet.errors import FailedError
 from cloudlet.hypervisor.qemu.instance import QemuInstance
 from cloudlet.model import MEBIBYTE, PAGE_BYTES
@@ -101,7 +102,7 @@ def _stream_of_clone(lab: Lab, results: Results) -> int:
     stream, packed = lab.scratch / "clone.stream", lab.scratch / "clone.zst"
     with (
         open_source(str(lab.overlay()), io.BytesIO()) as source,
-        synthesise(lab.site, source) as made,
+        synthesise(lab.site, source, Request(start=Start.FULL)) as made,
     ):
         instance = made.instance
         assert isinstance(instance, QemuInstance)

@@ -25,10 +25,12 @@ from cloudlet.control import bases
 from cloudlet.control.publishing import Published, create_overlay, make_quiet
 from cloudlet.control.site import Site
 from cloudlet.control.source import open_source
-from cloudlet.control.synthesis import synthesise
+from cloudlet.control.start import Start
+from cloudlet.control.synthesis import Request, synthesise
 from cloudlet.errors import FailedError, NotFoundError
 from cloudlet.hypervisor.qemu.instance import DISK
 from cloudlet.model import GIBIBYTE, MEBIBYTE
+from cloudlet.overlay.header import VERSION
 from cloudlet.settings import Settings
 from cloudlet.store.bases import Base
 
@@ -118,7 +120,7 @@ class Lab:
     def overlay(self, memory_mib: int = MEMORY_MIB, model_mib: int = MODEL_MIB, *, ours: bool = True) -> Path:
         """The reference application's overlay on one of our bases, kept."""
         base = self.base(memory_mib, ours=ours)
-        path = KEPT / "overlays" / f"{base.id[:16]}-{model_mib}-{_digest_of(REFERENCE)}.overlay"
+        path = KEPT / "overlays" / f"{base.id[:16]}-{model_mib}-{_digest_of(REFERENCE)}-v{VERSION}.overlay"
         if not path.exists():
             with self._prepares(f"overlay on {base.name}, model of {model_mib} MiB"), _made(path) as new:
                 self.publish(base, new, model_mib)
@@ -187,7 +189,7 @@ def full_image(site: Site, overlay: Path, disk: Path, changes: Path | None = Non
     """
     with (
         open_source(str(overlay), io.BytesIO()) as source,
-        synthesise(site, source, allow_unsigned=True) as made,
+        synthesise(site, source, Request(allow_unsigned=True, start=Start.FULL)) as made,
     ):
         instance, base = made.instance, site.bases.find(made.root.base)
         make_quiet(instance.agent, base.description.guest.quiet)

@@ -18,7 +18,8 @@ from benchmarks.lab import MODEL_MIB, Lab, copy_of, say, tool
 from benchmarks.results import Results
 from cloudlet.control.publishing import make_quiet
 from cloudlet.control.source import open_source
-from cloudlet.control.synthesis import resume_base, synthesise
+from cloudlet.control.start import Start
+from cloudlet.control.synthesis import Request, resume_base, synthesise
 from cloudlet.hypervisor.driver import Instance
 from cloudlet.hypervisor.records import cpu_seconds_of
 
@@ -144,7 +145,7 @@ def synthesis(
 
     with (
         open_source(where, io.BytesIO(), rate) as source,
-        synthesise(lab.site, source, answering=answered) as made,
+        synthesise(lab.site, source, Request(start=Start.FULL), answering=answered) as made,
     ):
         for moment, seconds in made.timings.moments.items():
             results.add(f"{name}.at_{moment}_s", seconds)

@@ -44,6 +44,13 @@ OPTIONS = (
         min=1000,
         help="First of the user ids that machines run as, one each, when Cloudlet runs as root.",
     ),
+    cfg.IntOpt(
+        "image_cache_mib",
+        default=8192,
+        min=0,
+        help="How many MiB the images of apps that were started here may take in the cache folder; a further "
+        "start from an image has nothing to build. What was not used for longest goes first; 0 keeps none.",
+    ),
     cfg.IntOpt("instance_uid_count", default=10000, min=1, help="How many user ids there are."),
 )
 
@@ -60,10 +67,19 @@ class Settings:
     qemu_binary: str = "qemu-system-x86_64"
     instance_uid_first: int = 400000
     instance_uid_count: int = 10000
+    image_cache_mib: int = 8192
 
     @property
     def bases_dir(self) -> Path:
         return self.cache_dir / "bases"
+
+    @property
+    def images_dir(self) -> Path:
+        return self.cache_dir / "images"
+
+    @property
+    def hints_dir(self) -> Path:
+        return self.cache_dir / "hints"
 
     @property
     def instances_dir(self) -> Path:
@@ -93,6 +109,7 @@ def load(
             qemu_binary=conf.qemu_binary,
             instance_uid_first=conf.instance_uid_first,
             instance_uid_count=conf.instance_uid_count,
+            image_cache_mib=conf.image_cache_mib,
         )
     except (cfg.Error, ValueError) as error:
         raise UsageError(f"settings: {error}") from error

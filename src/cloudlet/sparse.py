@@ -10,10 +10,12 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from cloudlet.model import PAGE_BYTES
 
@@ -37,6 +39,19 @@ def copy_data(source: int, target: int) -> None:
     for number, chunk in chunks(source):
         for start, end in _filled(chunk):
             write_at(target, chunk[start:end], number * CHUNK_BYTES + start)
+
+
+def copy_range(source: int, target: int, offset: int, length: int) -> None:
+    """Copy a part of a file to the same place of another, zeros too.
+
+    :raises EOFError: the file ends before.
+    """
+    while length:
+        content = os.pread(source, min(length, CHUNK_BYTES), offset)
+        if not content:
+            raise EOFError(f"a file ends before byte {offset + length}")
+        write_at(target, content, offset)
+        offset, length = offset + len(content), length - len(content)
 
 
 def chunks(descriptor: int) -> Iterator[tuple[int, memoryview]]:
@@ -94,6 +109,16 @@ def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
+
+
+def write_rows(target: int, places: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
+    """Write pages (n, 4096) to their places (n) in a file, in pages; neighbours with one call."""
+    if not len(places):
+        return
+    order = np.argsort(places, kind="stable")
+    places, rows = places[order], np.ascontiguousarray(rows[order])
+    for first, after in pairwise([0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]):
+        write_at(target, rows[first:after].data.cast("B"), int(places[first]) * PAGE_BYTES)
 
 
 def _filled(chunk: memoryview) -> Iterator[tuple[int, int]]:

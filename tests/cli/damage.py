@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cloudlet.control.site import Site
 from cloudlet.control.source import open_source
-from cloudlet.control.synthesis import synthesise
+from cloudlet.control.synthesis import Request, synthesise
 from cloudlet.errors import CloudletError, ExitCode
 from cloudlet.overlay.frames import zstd
 from cloudlet.overlay.header import HEADER_BYTES, SIGNATURE_BYTES
@@ -62,9 +62,10 @@ def _swapped(data: bytes, sign: Sign) -> bytes:
 
 
 def _reordered(data: bytes, sign: Sign) -> bytes:
+    """The cold frames the other way round, and the root says so."""
     forged = Forged.of(data)
-    pages = [frame for frame in forged.frames if frame[0].kind.is_pages]
-    forged.frames[-len(pages) :] = pages[::-1]
+    cold = len(forged.root.listed_frames)
+    forged.frames[cold:] = forged.frames[cold:][::-1]
     return signed(forged.data(), sign)
 
 
@@ -126,7 +127,7 @@ KINDS = (
     Kind("frames reordered, signed", _reordered, "begins with literal"),
     Kind("signature forged", _forged_signature, "does not match"),
     Kind("unsigned", lambda data, sign: signed(data, None), "not signed"),
-    Kind("later version", lambda data, sign: data[:8] + b"\2" + data[9:], "version 2"),
+    Kind("later version", lambda data, sign: data[:8] + b"\3" + data[9:], "version 3"),
     Kind("grows without end, signed", _growing, "bytes declared"),
     Kind("base forged", _other_base_unsigned_for, "does not match"),
     Kind("base missing, signed", _rooted(base="ab" * 32), "is not here", ExitCode.NOT_FOUND),
@@ -141,7 +142,7 @@ def attempt(settings: Settings, overlay: Path, *, allow_unsigned: bool = False) 
     try:
         with (
             open_source(str(overlay), io.BytesIO()) as source,
-            synthesise(site, source, allow_unsigned=allow_unsigned) as made,
+            synthesise(site, source, Request(allow_unsigned=allow_unsigned)) as made,
         ):
             assert made.instance.endpoints
         return ExitCode.DONE, ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -53,15 +54,12 @@ def test_without_ranges_what_came_is_passed_over(web: Web, cloudlet: CommandLine
         ("missing", 3, "is not there"),
         ("changed", 7, "changed while it was read"),
         ("loop", 1, "leads on and on"),
-        ("broken", 1, "status 500"),
     ],
 )
 def test_what_a_server_can_do_wrong(
     how: str, status: int, says: str, web: Web, cloudlet: CommandLine, settings: Settings
 ) -> None:
     assert says in refused(cloudlet("run", f"{web.url}/{how}"), status)
-    if how == "broken":
-        assert len(web.asked) > 3, "a server's own error may be over soon"
     if how == "missing":
         assert len(web.asked) == 1
 
@@ -96,7 +94,9 @@ def test_a_pipe_that_is_cut(hello: Hello, cloudlet: CommandLine) -> None:
 
 def test_a_pipe_that_stalls_does_not_hold_back_the_end(hello: Hello, cloudlet: CommandLine) -> None:
     ours, theirs = os.pipe()
-    os.write(theirs, hello.path.read_bytes()[:20_000])
+    whole = hello.path.read_bytes()
+    fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, len(whole))
+    os.write(theirs, whole[: len(whole) // 2])
     process = _with_input(cloudlet, ours)
     os.close(ours)
     try:

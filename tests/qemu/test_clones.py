@@ -14,7 +14,7 @@ import pytest
 
 from cloudlet.control.site import Site
 from cloudlet.control.source import open_source
-from cloudlet.control.synthesis import synthesise
+from cloudlet.control.synthesis import Request, synthesise
 from cloudlet.hypervisor.qemu.instance import QemuInstance
 from cloudlet.store.bases import Base
 from tests.qemu import guest
@@ -69,7 +69,7 @@ def test_each_clone_has_an_identity_of_its_own(site: Site, base: Base, overlay: 
         generations = set()
         for _ in range(2):
             source = stack.enter_context(open_source(str(overlay), None))
-            made = stack.enter_context(synthesise(site, source, allow_unsigned=True))
+            made = stack.enter_context(synthesise(site, source, Request(allow_unsigned=True)))
             assert made.renewed
             instance = made.instance
             assert isinstance(instance, QemuInstance)

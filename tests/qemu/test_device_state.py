@@ -146,7 +146,7 @@ def test_after_all_that_a_good_state_still_runs(site: Site, quick_base: Base) ->
 def test_a_qemu_that_does_not_load_is_given_up_in_time(site: Site, quick_base: Base) -> None:
     with guest.incoming(site, quick_base) as waiting:
         guest.begin_with_nothing(waiting)
-        waiting.patience = 0.5
+        waiting.stream.patience = 0.5
         process = waiting.instance.record.machine
         assert process
         with stopped(process.pid):
@@ -173,7 +173,7 @@ def outcome(site: Site, base: Base, state: bytes, told: str) -> str:
     """Try a state; what became of it. Whatever that is, it took bounded time and left nothing."""
     began = time.monotonic()
     with guest.incoming(site, base) as waiting:
-        waiting.patience = _LOADED
+        waiting.stream.patience = _LOADED
         guest.begin_with_nothing(waiting)
         became = _load(waiting, state)
         folder, processes = waiting.instance.directory, processes_of(waiting.instance.directory)

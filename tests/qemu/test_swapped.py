@@ -77,8 +77,8 @@ def swapped_pages(mapping: Mapping) -> set[int]:
 def mapping_of(instance: QemuInstance) -> Mapping:
     process = instance.record.machine
     assert process
-    inode = Path(f"/proc/{process.pid}/fd/{instance.record.ram_descriptor}").stat().st_ino
-    return find_mapping(process.pid, inode, instance.machine.memory_bytes)
+    ram = Path(f"/proc/{process.pid}/fd/{instance.record.ram_descriptor}")
+    return find_mapping(process.pid, ram, instance.machine.memory_bytes)
 
 
 def test_swapped_pages_are_captured(swap: None, site: Site, quick_base: Base) -> None:

@@ -204,6 +204,7 @@ class Delete(_OneBase):
         base = site.bases.find(parsed_args.base)
         users = [record.id for _, record in records(site.settings.instances_dir) if record.base_id == base.id]
         site.bases.delete(base, users)
+        site.images.delete_of_base(base.id)
         self.app.say(f"{base.name} is removed")
 
 

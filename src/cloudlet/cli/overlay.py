@@ -18,9 +18,10 @@ from cloudlet.cli.command import CloudletCommand
 from cloudlet.cli.console import attach
 from cloudlet.cli.progress import progress_bar
 from cloudlet.control import publishing, recipe
+from cloudlet.control.profile import WarmUp
 from cloudlet.control.publishing import Published
 from cloudlet.control.source import open_source
-from cloudlet.errors import UsageError
+from cloudlet.errors import RefusedError, UsageError
 from cloudlet.hypervisor.driver import Instance
 from cloudlet.model import GuestPort, PublishedPort, Readiness, format_bytes
 from cloudlet.output import written
@@ -69,6 +70,11 @@ class Create(CloudletCommand, ShowOne):
         parser.add_argument("--key", default=DEFAULT, help=f"the key to sign with (default: {DEFAULT})")
         parser.add_argument("--unsigned", action="store_true", help="do not sign it")
         parser.add_argument(
+            "--no-profile",
+            action="store_true",
+            help="without the trial at the end that shows what is needed first: the app will not start early",
+        )
+        parser.add_argument(
             "--plain-delta",
             action="store_true",
             help="also measure the plain delta, for the report (costs CPU time)",
@@ -93,6 +99,7 @@ class Create(CloudletCommand, ShowOne):
                     say=self.app.say,
                     progress=progress,
                     plain_delta=parsed_args.plain_delta,
+                    profile=not parsed_args.no_profile,
                 )
             else:
                 app = App(
@@ -113,6 +120,7 @@ class Create(CloudletCommand, ShowOne):
                     ports=[PublishedPort(port) for port in parsed_args.port],
                     seed=parsed_args.seed,
                     progress=progress,
+                    profile=not parsed_args.no_profile,
                 )
         return _report(published, base.bytes_on_disk())
 
@@ -162,7 +170,9 @@ class Show(_OneOverlay, ShowOne):
             "literals": root.totals.literals,
             "frames": root.totals.frames,
             "hot_frames": len(root.hot_frames),
+            "hot_pages": sum(entry.pages for entry in root.hot_frames),
             "hot_bytes": sum(entry.size for entry in root.hot_frames),
+            "bytes_to_start": reader.header.parts_start + sum(entry.size for entry in root.listed_frames),
             "device_bytes": root.totals.device_bytes,
         }
         return tuple(values), tuple(values.values())
@@ -212,6 +222,56 @@ class PutSignature(_OneOverlay):
             # Nobody has to trust the old signature to put a new one: all parts are checked on the way.
             resign(OverlayReader(source, None, allow_unsigned=True), out, signer)
         self.app.say(f"{output} is signed by {parsed_args.key}")
+
+
+class Reorder(_OneOverlay, ShowOne):
+    """Make a new, newly signed overlay of the same pages, those that are needed first in front.
+
+    A trial on this machine shows which these are: the app resumes, answers, gets its identity, and is used
+    by the --warm-up commands as its users will use it. The new overlay starts early.
+
+    Example: cloudlet overlay reorder old.overlay -o new.overlay --warm-up 'curl -sf "$CLOUDLET_ENDPOINT/"'
+    """
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "-o", "--output", required=True, type=Path, metavar="FILE", help="the file to write"
+        )
+        parser.add_argument(
+            "--warm-up",
+            action="append",
+            default=[],
+            metavar="COMMAND",
+            help="a shell command that uses the app at $CLOUDLET_ENDPOINT; may be given several times",
+        )
+        parser.add_argument("--key", default=DEFAULT, help=f"the key to sign with (default: {DEFAULT})")
+        parser.add_argument("--unsigned", action="store_true", help="do not sign the new one")
+        parser.add_argument(
+            "--allow-unsigned", action="store_true", help="take an old one that nobody signed"
+        )
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Columns:
+        site = self.app.site()
+        if obstacle := site.hypervisor.early_obstacle():
+            raise RefusedError("there can be no trial here", hint=obstacle)
+        sign: Sign | None = None if parsed_args.unsigned else site.keys.signer(parsed_args.key)
+        with (
+            open_source(parsed_args.overlay, sys.stdin.buffer) as source,
+            progress_bar("packing", quiet=self.app.quiet) as progress,
+        ):
+            published = publishing.reorder(
+                site,
+                source,
+                parsed_args.output.absolute(),
+                sign=sign,
+                say=self.app.say,
+                allow_unsigned=parsed_args.allow_unsigned,
+                warm_up=WarmUp(parsed_args.warm_up, Path.cwd()),
+                progress=progress,
+            )
+        return _report(published, site.bases.get(published.report.base).bytes_on_disk())
 
 
 class Diff(CloudletCommand, ShowOne):
@@ -291,6 +351,8 @@ def _report(published: Published, base_bytes: int) -> Columns:
         "bytes_devices": report.device_bytes,
         "bytes_index": report.index_bytes,
         "bytes_head": report.head_bytes,
+        "hot_frames": report.hot_frames,
+        "hot_bytes": report.hot_bytes,
         "seconds_paused": round(published.pause_seconds, 3),
     }
     for part, seconds in published.paused.items():

@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from cloudlet.control.media import write_iso
+from cloudlet.control.profile import Trial, WarmUp, run_here
 from cloudlet.control.readiness import guest_port, wait_ready
 from cloudlet.control.recipe import BUILD_PREFIX, Recipe, read_recipe
 from cloudlet.control.site import Site
+from cloudlet.control.source import Bytes
+from cloudlet.control.spool import PageSpool
 from cloudlet.control.synthesis import Progress, resume_base
 from cloudlet.errors import FailedError, NotFoundError, RefusedError, UsageError
-from cloudlet.hypervisor.driver import Capture, GuestAgent, Instance
-from cloudlet.hypervisor.records import MARKER, Workspace
+from cloudlet.hypervisor.driver import GuestAgent, Instance
+from cloudlet.hypervisor.records import MARKER
 from cloudlet.model import PublishedPort, ReadinessKind
 from cloudlet.output import written
+from cloudlet.overlay.apply import apply
 from cloudlet.overlay.create import CreateReport, Description, create
+from cloudlet.overlay.pages import PageSource, Space
+from cloudlet.overlay.plan import Hot
+from cloudlet.overlay.reader import OverlayReader
 from cloudlet.overlay.root import App
 from cloudlet.overlay.sign import Sign
 from cloudlet.store.bases import Base
@@ -72,11 +78,13 @@ def create_overlay(
     say: Say,
     progress: Progress | None = None,
     plain_delta: bool = False,
+    profile: bool = True,
 ) -> Published:
     """Make an overlay from a recipe's folder.
 
     :param build_folder: where the recipe's ``prepare`` commands keep what they make.
     :param plain_delta: measure the plain delta too, for the report.
+    :param profile: end with a trial that shows what the guest touches first.
     """
     recipe = read_recipe(folder)
     check_output(output)
@@ -100,7 +108,9 @@ def create_overlay(
                 _run(agent, command)
         with steps("wait until ready", recipe.ready):
             _wait_ready(base, instance, recipe.app())
-        return _capture_and_pack(base, instance, recipe.app(), output, sign, steps, progress, plain_delta)
+        warm_up = WarmUp(recipe.warm_up, folder) if profile else None
+        plan = _Plan(recipe.app(), output, sign, steps, progress, plain_delta, warm_up)
+        return _capture_and_pack(site, base, instance, plan)
 
 
 def create_interactively(
@@ -115,6 +125,7 @@ def create_interactively(
     ports: Sequence[PublishedPort] = (),
     seed: Path | None = None,
     progress: Progress | None = None,
+    profile: bool = True,
 ) -> Published:
     """Make an overlay of whatever was done to a private instance until ``until`` returns."""
     check_output(output)
@@ -130,32 +141,49 @@ def create_interactively(
             instance.eject_optical()
         with steps("wait until ready", str(app.ready)):
             _wait_ready(base, instance, app)
-        return _capture_and_pack(base, instance, app, output, sign, steps, progress, plain_delta=False)
+        warm_up = WarmUp((), output.parent) if profile else None
+        plan = _Plan(app, output, sign, steps, progress, False, warm_up)
+        return _capture_and_pack(site, base, instance, plan)
+
+
+def reorder(
+    site: Site,
+    source: Bytes,
+    output: Path,
+    *,
+    sign: Sign | None,
+    say: Say,
+    allow_unsigned: bool = False,
+    warm_up: WarmUp | None = None,
+    progress: Progress | None = None,
+) -> Published:
+    """Make a new overlay from one that is there: the same pages, those that are needed first in front.
+
+    :raises IntegrityError: the old one is not whole, or not signed by a key that is trusted here.
+    """
+    check_output(output)
+    steps = _Steps(say)
+    reader = OverlayReader(source, site.keys.verify, allow_unsigned=allow_unsigned)
+    root = reader.root
+    base = site.bases.get(root.base)
+    site.hypervisor.check(root.machine)
+    with ExitStack() as stack:
+        spool = PageSpool(Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent))))
+        with steps("read"), base.pages() as pages:
+            apply(reader, pages, spool, progress)
+        description = Description(
+            root.app, root.created, root.machine, root.device_sections, spool.device_state
+        )
+        plan = _Plan(root.app, output, sign, steps, progress, False, warm_up or WarmUp((), output.parent))
+        report = _try_and_pack(site, base, description, spool.sources(), plan)
+    return Published(output, report, 0.0, {}, steps.seconds)
 
 
 def prepare(site: Site, recipe: Recipe, folder: Path, build_folder: Path) -> None:
-    """Run the recipe's commands on this machine; they belong to a workspace, so none outlives this."""
-    if not recipe.prepare:
-        return
-    build_folder.mkdir(parents=True, exist_ok=True)
-    with Workspace.create(site.settings.instances_dir, prefix="prepare-") as workspace:
-        mark = {MARKER: str(workspace.path), "CLOUDLET_RECIPE_BUILD": str(build_folder)}
-        for command in recipe.prepare:
-            result = subprocess.run(
-                ["/bin/sh", "-ec", command],
-                cwd=folder,
-                env={**os.environ, **mark},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                check=False,
-                start_new_session=True,
-            )
-            if result.returncode:
-                tail = result.stdout.strip()[-500:]
-                raise FailedError(f"prepare: {command!r} gave {result.returncode}: {tail}")
+    """Run the recipe's ``prepare`` commands on this machine."""
+    if recipe.prepare:
+        build_folder.mkdir(parents=True, exist_ok=True)
+        run_here(site, recipe.prepare, folder, {"CLOUDLET_RECIPE_BUILD": str(build_folder)}, "prepare")
 
 
 def check_output(output: Path) -> None:
@@ -180,25 +208,37 @@ def make_quiet(agent: GuestAgent | None, has_script: bool) -> None:
         )
 
 
-def _capture_and_pack(
-    base: Base,
-    instance: Instance,
-    app: App,
-    output: Path,
-    sign: Sign | None,
-    steps: _Steps,
-    progress: Progress | None,
-    plain_delta: bool,
-) -> Published:
-    guest = base.description.guest
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What all ways to an overlay need at their end."""
+
+    app: App
+    output: Path
+    sign: Sign | None
+    steps: _Steps
+    progress: Progress | None
+    plain_delta: bool
+    warm_up: WarmUp | None
+    """None: without a trial."""
+
+
+def _capture_and_pack(site: Site, base: Base, instance: Instance, plan: _Plan) -> Published:
+    guest, steps = base.description.guest, plan.steps
     with steps("make quiet"):
         make_quiet(instance.agent if guest.agent else None, guest.quiet)
-        _wait_ready(base, instance, app)
+        _wait_ready(base, instance, plan.app)
     with steps("capture"):
         capture = instance.capture()
-    with steps("pack"):
-        report = _pack(base, capture, app, output, sign, progress, plain_delta)
-    return Published(output, report, capture.pause_seconds, capture.seconds, steps.seconds)
+    description = Description(
+        app=plan.app,
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        machine=base.machine,
+        device_sections=capture.sections,
+        device_state=capture.device_state,
+    )
+    sources = {Space.RAM: capture.ram, Space.DISK: capture.disk}
+    report = _try_and_pack(site, base, description, sources, plan)
+    return Published(plan.output, report, capture.pause_seconds, capture.seconds, steps.seconds)
 
 
 def _wait_ready(base: Base, instance: Instance, app: App) -> None:
@@ -208,31 +248,27 @@ def _wait_ready(base: Base, instance: Instance, app: App) -> None:
     wait_ready(instance, app.ready, READY_SECONDS)
 
 
-def _pack(
-    base: Base,
-    capture: Capture,
-    app: App,
-    output: Path,
-    sign: Sign | None,
-    progress: Progress | None,
-    plain_delta: bool,
+def _try_and_pack(
+    site: Site, base: Base, description: Description, sources: Mapping[Space, PageSource], plan: _Plan
 ) -> CreateReport:
-    description = Description(
-        app=app,
-        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        machine=base.machine,
-        device_sections=capture.sections,
-        device_state=capture.device_state,
-    )
-    index = base.index()
+    """Find out what is needed first, and write the overlay in that order."""
+    hot: Hot = ()
+    obstacle = site.hypervisor.early_obstacle()
+    if plan.warm_up and obstacle:
+        plan.steps.note(f"no trial, so this overlay will not start early: {obstacle}")
+    elif plan.warm_up:
+        with plan.steps("trial", "; ".join(plan.warm_up.commands)):
+            trial = Trial(site, base, plan.app, sources, description.device_state, plan.warm_up)
+            hot = trial.order()
     with (
+        plan.steps("pack"),
         base.pages() as pages,
-        written(output) as out,
-        tempfile.TemporaryFile(dir=output.parent) as spool,
+        written(plan.output) as out,
+        tempfile.TemporaryFile(dir=plan.output.parent) as spool,
     ):
         return create(
-            out, spool, description, capture.ram, capture.disk, pages, index,
-            sign=sign, plain_delta=plain_delta, progress=progress,
+            out, spool, description, sources[Space.RAM], sources[Space.DISK], pages, base.index(),
+            sign=plan.sign, hot=hot, plain_delta=plan.plain_delta, progress=plan.progress,
         )  # fmt: skip
 
 
@@ -301,6 +337,10 @@ class _Steps:
         self.seconds: dict[str, float] = {}
         self._name = ""
         self._began = 0.0
+
+    def note(self, text: str) -> None:
+        """Say something that is not a step."""
+        self._say(text)
 
     def __call__(self, name: str, detail: str = "") -> _Steps:
         self._name = name

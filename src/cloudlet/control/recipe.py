@@ -83,6 +83,13 @@ class Recipe(_Strict):
     ready: Annotated[str, AfterValidator(_readiness)] = Field(
         default="agent", description="agent, tcp:PORT, http:PORT/PATH or serial:REGEX."
     )
+    warm_up: tuple[str, ...] = Field(
+        default=(),
+        alias="warm-up",
+        description="Shell commands run on the publisher's machine, in the recipe's folder, against a trial "
+        "of the finished app: the first requests that real users will make. CLOUDLET_ENDPOINT is the URL of "
+        "its first port. The pages that they touch are put at the front of the overlay.",
+    )
     publish: Publish = Field(
         default=Publish.READY,
         description="When the endpoint is given out: once its identity is its own, or once it answers.",

@@ -17,8 +17,11 @@ from cloudlet.hypervisor.driver import Hypervisor
 from cloudlet.hypervisor.fake.driver import FakeHypervisor
 from cloudlet.hypervisor.qemu.driver import QemuHypervisor
 from cloudlet.hypervisor.records import abandon
+from cloudlet.model import MEBIBYTE
 from cloudlet.settings import Settings
 from cloudlet.store.bases import BaseStore
+from cloudlet.store.hints import HintStore
+from cloudlet.store.images import ImageStore
 from cloudlet.store.keyring import KeyRing
 
 DRIVERS = "cloudlet.hypervisors"
@@ -34,19 +37,29 @@ class Site:
     hypervisor: Hypervisor
     bases: BaseStore
     keys: KeyRing
+    images: ImageStore
+    hints: HintStore
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
         """The site of these settings; what dead processes left in its folders is removed."""
-        site = cls(settings, _hypervisor(settings), BaseStore(settings.bases_dir), KeyRing(settings.keys_dir))
+        site = cls(
+            settings,
+            _hypervisor(settings),
+            BaseStore(settings.bases_dir),
+            KeyRing(settings.keys_dir),
+            ImageStore(settings.images_dir, settings.image_cache_mib * MEBIBYTE),
+            HintStore(settings.hints_dir),
+        )
         site.hypervisor.reap()
         site.bases.reap()
+        site.images.reap()
         return site
 
     @staticmethod
     def abandon(settings: Settings) -> None:
         """Remove what this process has begun and not finished, at its end after an interrupt."""
-        for folder in (settings.instances_dir, settings.bases_dir):
+        for folder in (settings.instances_dir, settings.bases_dir, settings.images_dir):
             abandon(folder)
 
 

@@ -1,31 +1,32 @@
 """Where an overlay's bytes come from: a file, standard input, or a web server, at a limited rate or not.
 
-A cut download goes on by range where it stopped, as often as it makes progress. A thread reads ahead
-into a bounded queue, so that receiving overlaps with what is done with the bytes. Nothing here fills a
-buffer before it hands out what has come: a slow pipe's first bytes are of use at once.
+They come in order, as a stream; and where the source can do that, single ranges come beside it, out of
+order. A thread reads the stream ahead into a bounded queue, so that receiving overlaps with what is done
+with the bytes. Nothing here fills a buffer before it hands out what has come: a slow pipe's first bytes
+are of use at once.
 """
 
 from __future__ import annotations
 
-import queue
+import os
+import stat
 import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from http.client import HTTPException, HTTPResponse, InvalidURL
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from cloudlet.errors import FailedError, NotFoundError, RefusedError, TruncatedError, UsageError
+from cloudlet.control.download import Download
+from cloudlet.control.link import Link
+from cloudlet.control.origin import File, Origin, Pipe
+from cloudlet.errors import FailedError, NotFoundError, RefusedError, UsageError
 
+PATIENCE_SECONDS = 60.0
 _PIECE = 64 << 10
-_AHEAD_PIECES = 64
-"""Pieces between the link and its user: 4 MiB."""
-_TIMEOUT = 30.0
-_TRIES, _FIRST_PAUSE = 6, 0.2
+_AHEAD = 4 << 20
+"""Bytes between the link and its user."""
 
 
 class Bytes(Protocol):
@@ -35,31 +36,32 @@ class Bytes(Protocol):
 
 
 @contextmanager
-def open_source(where: str, standard_input: BinaryIO, rate: float | None = None) -> Iterator[Bytes]:
+def open_source(
+    where: str, standard_input: BinaryIO, rate: float | None = None, *, patience: float = PATIENCE_SECONDS
+) -> Iterator[Source]:
     """The bytes at ``where``: a path, an http(s) URL, or ``-`` for standard input.
 
-    :param rate: bytes per second at most.
+    :param rate: bytes per second at most, of the stream and of ranges together.
+    :param patience: seconds without a single byte from a web server after which it is an error. Until then
+        what failed is tried again. A pipe is waited for however long it takes: who writes it has its reasons.
     """
-    close: Callable[[], None] = _nothing
     if where.partition("://")[0].lower() in ("http", "https"):
-        download = _Download(where)
-        raw: Bytes = download
-        close = download.close
+        link = Link(rate)
+        origin: Origin = Download(where, link, patience)
     elif where == "-":
+        link = Link(rate)
         # Not the buffer: a thread that waits in it when the program ends would hold its lock.
-        raw = getattr(standard_input, "raw", standard_input)
+        origin = Pipe("standard input", getattr(standard_input, "raw", standard_input), link, keep=True)
     else:
         file = _open_file(Path(where))
-        raw, close = file, file.close
-    ahead = _Ahead(_Limited(raw, rate) if rate else raw, close)
+        regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        link = Link(rate, local=regular)
+        origin = File(where, file, link) if regular else Pipe(where, file, link)
+    source = Source(origin, link)
     try:
-        yield ahead
+        yield source
     finally:
-        ahead.close()
-
-
-def _nothing() -> None:
-    pass
+        source.close()
 
 
 def _open_file(path: Path) -> FileIO:
@@ -73,161 +75,165 @@ def _open_file(path: Path) -> FileIO:
         raise RefusedError(f"{path} may not be read") from error
 
 
-class _Download:
-    """A resource on a web server; a cut is mended by asking for the rest."""
+class Source:
+    """A stream that is read ahead, which can go on elsewhere, and single ranges beside it.
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._offset = 0
-        self._total: int | None = None
-        self._tag: str | None = None
-        self._response: HTTPResponse | None = None
-
-    def read(self, size: int, /) -> bytes:
-        pause = _FIRST_PAUSE
-        for attempt in range(_TRIES):
-            try:
-                if self._response is None:
-                    self._response = self._request()
-                piece = self._response.read1(size)
-                if piece or self._total is None or self._offset >= self._total:
-                    self._offset += len(piece)
-                    return piece
-                problem: Exception = TruncatedError(f"{self._url} was cut at byte {self._offset}")
-            except (OSError, HTTPException) as error:
-                problem = error
-            self.close()
-            if attempt + 1 < _TRIES:
-                time.sleep(pause)
-                pause *= 2
-        raise FailedError(
-            f"{self._url} does not come: {problem}", hint=f"{self._offset} bytes had come; try again later"
-        ) from problem
-
-    def close(self) -> None:
-        if self._response:
-            with suppress(OSError):
-                self._response.close()
-            self._response = None
-
-    def _request(self) -> HTTPResponse:
-        headers = {"Accept-Encoding": "identity"}
-        if self._offset:
-            headers["Range"] = f"bytes={self._offset}-"
-            if self._tag:
-                headers["If-Range"] = self._tag
-        try:
-            request = urllib.request.Request(self._url, headers=headers)
-            response: HTTPResponse = urllib.request.urlopen(request, timeout=_TIMEOUT)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise _refusal(self._url, error.code) from error
-        except (ValueError, InvalidURL) as error:
-            raise UsageError(f"{self._url} is not a URL: {error}", hint="write http://HOST/PATH") from error
-        if self._offset and response.status != 206:
-            self._skip(response)
-        elif not self._offset:
-            length = response.headers.get("Content-Length")
-            self._total = int(length) if length and length.isdecimal() else None
-            tag = response.headers.get("ETag")
-            self._tag = tag if tag and not tag.startswith("W/") else None
-        return response
-
-    def _skip(self, response: HTTPResponse) -> None:
-        """The server gives no ranges, or the file changed: pass over what came, if it is the same file."""
-        if self._tag and response.headers.get("ETag") != self._tag:
-            raise TruncatedError(f"{self._url} changed while it was read", hint="try again")
-        left = self._offset
-        while left:
-            piece = response.read1(min(left, _PIECE))
-            if not piece:
-                raise ConnectionError("cut again")
-            left -= len(piece)
-
-
-def _refusal(url: str, status: int) -> Exception:
-    if status in (404, 410):
-        return NotFoundError(f"{url} is not there (status {status})")
-    if status in (401, 402, 403):
-        return RefusedError(f"{url} is refused (status {status})")
-    if 300 <= status < 400:
-        return FailedError(f"{url} leads on and on (status {status})", hint="give the overlay's own URL")
-    if 400 <= status < 500:
-        return FailedError(f"{url} answers with status {status}")
-    return ConnectionError(f"status {status}")
-
-
-class _Limited:
-    """A stream that gives no more than so many bytes per second, counted from its first byte."""
-
-    def __init__(self, raw: Bytes, rate: float) -> None:
-        self._raw = raw
-        self._rate = rate
-        self._began: float | None = None
-        self._given = 0
-
-    def read(self, size: int, /) -> bytes:
-        if self._began is None:
-            self._began = time.monotonic()
-        # What a real link of this rate would deliver in about 10 ms comes at once.
-        piece = self._raw.read(min(size, max(1500, int(self._rate / 100))))
-        self._given += len(piece)
-        time.sleep(max(0.0, self._began + self._given / self._rate - time.monotonic()))
-        return piece
-
-
-class _Ahead:
-    """A thread that reads ahead; its errors are raised where the bytes would have come.
-
-    The thread closes what it reads: it may be waiting for a server, and nobody waits for that at an end.
+    Only :meth:`fetch`, :meth:`rate`, ``received`` and :meth:`close` are for other threads than the one
+    that reads. The threads that wait for a server close what they read: nobody waits for them at an end.
     """
 
-    def __init__(self, raw: Bytes, close: Callable[[], None]) -> None:
-        self._raw = raw
-        self._close_raw = close
-        self._queue: queue.Queue[bytes | Exception] = queue.Queue(_AHEAD_PIECES)
-        self._stopped = threading.Event()
-        self._rest = memoryview(b"")
-        self._end: Exception | None = None
+    def __init__(self, origin: Origin, link: Link) -> None:
+        self.offset = 0
+        """Of the byte that :meth:`read` gives next."""
+        self._origin = origin
+        self._link = link
+        self._changed = threading.Condition()
+        self._pieces: deque[memoryview] = deque()
+        self._ahead = 0
+        self._sought = False
         self._ended = False
+        self._problem: Exception | None = None
         threading.Thread(target=self._run, name="read-ahead", daemon=True).start()
 
     def read(self, size: int, /) -> bytes:
-        if not self._rest and not self._ended:
-            item = self._queue.get()
-            if isinstance(item, Exception):
-                self._ended, self._end = True, item
-            elif not item:
-                self._ended = True
-            else:
-                self._rest = memoryview(item)
-        if self._end:
-            raise self._end
-        piece = self._rest[:size]
-        self._rest = self._rest[len(piece) :]
-        return bytes(piece)
+        """The next bytes, as many as have come and at most ``size``; none at the end.
+
+        :raises CloudletError: they do not come, or the source was closed.
+        """
+        with self._changed:
+            while not (self._pieces or self._ended or self._link.closed.is_set()):
+                self._changed.wait()
+            if self._link.closed.is_set():
+                raise self._was_closed()
+            if self._pieces:
+                return bytes(self._next(size))
+            if self._problem:
+                raise self._problem
+            return b""
+
+    def seek(self, offset: int) -> None:
+        """Let the stream go on at ``offset``.
+
+        What has come already is dropped up to there. A little that is still to come before it is read and
+        thrown away (``download.SKIP_BYTES``); for more, and to go back, a ranged source is asked for it anew.
+        After an error, also for where the stream stands, it is tried again. Where it cannot be done,
+        :meth:`read` says so.
+        """
+        with self._changed:
+            while self._pieces and self.offset < offset:
+                self._next(offset - self.offset)
+            if offset == self.offset and (self._pieces or not self._problem):
+                return
+            self._pieces.clear()
+            self._ahead = 0
+            self.offset = offset
+            self._sought, self._ended, self._problem = True, False, None
+            self._changed.notify_all()
+
+    @property
+    def ranged(self) -> bool:
+        """Whether :meth:`fetch` can work: a file, or a server that said so when it first answered."""
+        return self._origin.ranged
+
+    def fetch(self, offset: int, size: int) -> bytes:
+        """Exactly these bytes, while the stream goes on; one fetch at a time.
+
+        :raises FailedError: the source gives no ranges, or wrong ones, or they do not come, or it was closed.
+        :raises TruncatedError: the source ends before, or changed.
+        """
+        if self._link.closed.is_set():
+            raise self._was_closed()
+        found: list[bytes | Exception] = []
+
+        def run() -> None:
+            try:
+                result: bytes | Exception = self._origin.fetch(offset, size)
+            except Exception as error:  # handed over, and raised below
+                result = error
+            with self._changed:
+                found.append(result)
+                self._changed.notify_all()
+
+        # In a thread of its own, which is left behind when the source is closed.
+        threading.Thread(target=run, name="fetch", daemon=True).start()
+        with self._changed:
+            self._changed.wait_for(lambda: found or self._link.closed.is_set())
+            if not found:
+                raise self._was_closed()
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return found[0]
+
+    @property
+    def received(self) -> int:
+        """Bytes that came in all, thrown away or not."""
+        return self._link.received
+
+    def rate(self) -> float | None:
+        """Bytes per second so far, stream and ranges together, from the first byte that came to the last.
+
+        None while too little came to say. Infinite for a local file, unless it is limited.
+        """
+        return self._link.rate()
 
     def close(self) -> None:
-        self._stopped.set()
-        with suppress(queue.Empty):
-            while True:
-                self._queue.get_nowait()
+        """End reading; whoever waits for bytes gets an error."""
+        with self._changed:
+            self._link.closed.set()
+            self._pieces.clear()
+            self._changed.notify_all()
+
+    def _was_closed(self) -> FailedError:
+        return FailedError("the source was closed while it was read", hint="try again")
+
+    def _next(self, size: int) -> memoryview:
+        first = self._pieces.popleft()
+        if size < len(first):
+            self._pieces.appendleft(first[size:])
+        taken = first[:size]
+        self.offset += len(taken)
+        self._ahead -= len(taken)
+        self._changed.notify_all()
+        return taken
 
     def _run(self) -> None:
         try:
-            while not self._stopped.is_set():
+            while self._wanted():
+                piece, problem, start = b"", None, self._origin.offset
                 try:
-                    item: bytes | Exception = self._raw.read(_PIECE)
+                    with self._changed:
+                        target = self.offset if self._sought else None
+                        self._sought = False
+                    if target is not None:
+                        self._origin.seek(target)
+                    start = self._origin.offset
+                    piece = self._origin.read(_PIECE)
                 except Exception as error:  # handed over, and raised by read()
-                    item = error
-                self._put(item)
-                if not item or isinstance(item, Exception):
-                    return
+                    problem = error
+                self._put(start, memoryview(piece), problem)
         finally:
-            self._close_raw()
+            self._origin.close()
 
-    def _put(self, item: bytes | Exception) -> None:
-        while not self._stopped.is_set():
-            with suppress(queue.Full):
-                self._queue.put(item, timeout=0.2)
-                return
+    def _wanted(self) -> bool:
+        """Wait until something is to be read; False when nothing is any more."""
+        with self._changed:
+            while not (self._link.closed.is_set() or self._sought):
+                if not self._ended and self._ahead < _AHEAD:
+                    break
+                self._changed.wait()
+            return not self._link.closed.is_set()
+
+    def _put(self, start: int, piece: memoryview, problem: Exception | None) -> None:
+        with self._changed:
+            if self._sought:
+                # Meanwhile the stream is to go on elsewhere; perhaps within what came.
+                if problem or not start <= self.offset < start + len(piece):
+                    return
+                piece = piece[self.offset - start :]
+                self._sought = False
+            if piece:
+                self._pieces.append(piece)
+                self._ahead += len(piece)
+            else:
+                self._ended, self._problem = True, problem
+            self._changed.notify_all()

@@ -1,30 +1,36 @@
 """VM synthesis: an overlay's bytes and a base become a running machine.
 
-The bytes are used as they come: verified, decompressed, rebuilt and loaded frame by frame, while the
-rest is still on its way and QEMU, started as soon as the root is known, waits for them. The machine
-resumes with the last byte. Whatever goes wrong, nothing of it is left.
+There are three ways to it, and one story. In full: the bytes are verified, rebuilt and loaded frame by frame
+as they come, and the machine resumes with the last one. Early: it resumes with the first ones, and the rest
+follows while it runs (:mod:`~cloudlet.control.delivery`). From an image: the app has been here before, and
+there is nothing to build. Whatever goes wrong, nothing of it is left.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from cloudlet.control import identity
+from cloudlet.control.delivery import PATIENCE, Delivery
 from cloudlet.control.readiness import guest_port, wait_ready
 from cloudlet.control.site import Site
-from cloudlet.control.source import Bytes
-from cloudlet.errors import NotFoundError
-from cloudlet.hypervisor.driver import Instance
+from cloudlet.control.source import Source
+from cloudlet.control.start import Choice, Start, choose
+from cloudlet.errors import CloudletError, NotFoundError
+from cloudlet.hypervisor.driver import Arriving, Incoming, Instance, Paging
 from cloudlet.model import PublishedPort, ReadinessKind
 from cloudlet.overlay.apply import apply
+from cloudlet.overlay.arrival import Arrival
 from cloudlet.overlay.pagemap import PageMap
 from cloudlet.overlay.pages import PageSource, runs_of
 from cloudlet.overlay.reader import OverlayReader
 from cloudlet.overlay.root import Publish, Root
 from cloudlet.store.bases import Base
+from cloudlet.store.images import Image, layer_in
 
 READY_SECONDS = 120.0
 """Longest time from resume to readiness."""
@@ -55,59 +61,207 @@ class Synthesised:
     timings: Timings
     renewed: bool
     """Whether the clone has an identity of its own."""
+    started: Started
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """How a machine was started, and what is still to come for it."""
+
+    choice: Choice
+    from_image: bool = False
+    delivery: Delivery | None = None
+    arriving: Arriving | None = None
+
+    def progress(self) -> Paging | None:
+        """How far its pages have come, if they come while it runs."""
+        return self.arriving.progress() if self.arriving else None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is wanted of a synthesis besides the overlay."""
+
+    ports: Sequence[PublishedPort] = ()
+    """How to publish the app's ports; those not named get free ones on the loopback address."""
+    allow_unsigned: bool = False
+    start: Start | None = None
+    """What to wait for before the machine resumes; None chooses."""
+    patience: float = PATIENCE
+    """Longest time, in seconds, that a guest waits for a page that has not come."""
+    use_image: bool = True
+    """Whether to start from the app's image, and to leave one."""
 
 
 @contextmanager
 def synthesise(
     site: Site,
-    source: Bytes,
+    source: Source,
+    request: Request = Request(),
     *,
-    ports: Sequence[PublishedPort] = (),
-    allow_unsigned: bool = False,
     progress: Progress | None = None,
     answering: Callable[[Instance], None] | None = None,
+    arrived: Callable[[], None] | None = None,
 ) -> Iterator[Synthesised]:
     """A running machine from an overlay; it ends when the context is left.
 
-    :param ports: how to publish the app's ports; those not named get free ones on the loopback address.
     :param answering: called as soon as the application answers, which may be before its identity is renewed.
+    :param arrived: called from another thread when the overlay of a machine that runs has come whole.
     """
     timings = Timings()
-    reader = OverlayReader(source, site.keys.verify, allow_unsigned=allow_unsigned)
+    reader = OverlayReader(source, site.keys.verify, allow_unsigned=request.allow_unsigned)
     timings.mark("root")
     root = reader.root
     base = _base_of(site, root)
     site.hypervisor.check(root.machine)
     root.check_base(base.id, base.machine, base.description.sections)
-    incoming = site.hypervisor.resume(
-        base.image(), _publish(root, ports), name=root.app.name, overlay_id=reader.identity
-    )
-    timings.mark("started")
-    try:
-        with base.pages() as pages:
-            apply(reader, pages, incoming, progress)
+    with ExitStack() as stack:
+        incoming, started = _start(site, source, reader, base, request, timings, stack, progress, arrived)
         timings.mark("resumed")
-        instance = incoming.instance
-        # What an app printed before it was captured it does not print again: such a one is ready as it is.
-        if root.app.ready.kind is not ReadinessKind.SERIAL:
-            wait_ready(instance, root.app.ready, READY_SECONDS)
-        timings.mark("answering")
-        if answering and root.app.publish is Publish.ANSWERING:
-            answering(instance)
-        host_name = identity.host_name(root.app.name, instance.id)
-        renewed = identity.renew(instance.agent, base.description.guest, host_name) is not None
-        timings.mark("ready")
-        yield Synthesised(
-            instance=instance,
-            root=root,
-            overlay_id=reader.identity,
-            signed_by=reader.signed_by,
-            overlay_bytes=reader.header.file_bytes,
-            timings=timings,
-            renewed=renewed,
-        )
-    finally:
-        incoming.abort()
+        try:
+            instance = incoming.instance
+            # What an app printed before it was captured it does not print again: it is ready as it is.
+            if root.app.ready.kind is not ReadinessKind.SERIAL:
+                wait_ready(instance, root.app.ready, READY_SECONDS)
+            timings.mark("answering")
+            if answering and root.app.publish is Publish.ANSWERING:
+                answering(instance)
+            host_name = identity.host_name(root.app.name, instance.id)
+            renewed = identity.renew(instance.agent, base.description.guest, host_name) is not None
+            timings.mark("ready")
+            yield Synthesised(
+                instance=instance,
+                root=root,
+                overlay_id=reader.identity,
+                signed_by=reader.signed_by,
+                overlay_bytes=reader.header.file_bytes,
+                timings=timings,
+                renewed=renewed,
+                started=started,
+            )
+        except CloudletError as error:
+            # A machine whose pages do not come ends; the reason is what the user wants to hear.
+            if started.delivery and started.delivery.error:
+                raise started.delivery.error from error
+            raise
+
+
+def _start(
+    site: Site,
+    source: Source,
+    reader: OverlayReader,
+    base: Base,
+    request: Request,
+    timings: Timings,
+    stack: ExitStack,
+    progress: Progress | None,
+    arrived: Callable[[], None] | None,
+) -> tuple[Incoming, Started]:
+    """The machine, running, by the way that fits; ``stack`` ends it."""
+    ports = _publish(reader.root, request.ports)
+    image = site.images.find(reader.identity) if request.use_image and not request.start else None
+    if image:
+        choice = Choice(Start.FULL, "the app's image is here")
+        return _from_image(site, base, image, reader, ports, timings, stack), Started(choice, from_image=True)
+    rest = reader.header.file_bytes - reader.offset
+    choice = choose(request.start, reader.root, rest, source.rate(), site.hypervisor.early_obstacle())
+    if choice.start is Start.FULL:
+        return _in_full(site, base, reader, ports, timings, stack, progress), Started(choice)
+    return _early(site, source, reader, base, request, choice, timings, stack, progress, arrived)
+
+
+def _in_full(
+    site: Site,
+    base: Base,
+    reader: OverlayReader,
+    ports: Sequence[PublishedPort],
+    timings: Timings,
+    stack: ExitStack,
+    progress: Progress | None,
+) -> Incoming:
+    incoming = site.hypervisor.resume(
+        base.image(), ports, name=reader.root.app.name, overlay_id=reader.identity
+    )
+    stack.callback(incoming.abort)
+    timings.mark("started")
+    with base.pages() as pages:
+        apply(reader, pages, incoming, progress)
+    return incoming
+
+
+def _from_image(
+    site: Site,
+    base: Base,
+    image: Image,
+    reader: OverlayReader,
+    ports: Sequence[PublishedPort],
+    timings: Timings,
+    stack: ExitStack,
+) -> Incoming:
+    layer = image.layer(reader.root)
+    incoming = site.hypervisor.resume(
+        base.image(), ports, name=reader.root.app.name, overlay_id=reader.identity, layer=layer
+    )
+    stack.callback(incoming.abort)
+    timings.mark("started")
+    incoming.begin(_no_pages())
+    incoming.finish(image.device_state)
+    return incoming
+
+
+def _early(
+    site: Site,
+    source: Source,
+    reader: OverlayReader,
+    base: Base,
+    request: Request,
+    choice: Choice,
+    timings: Timings,
+    stack: ExitStack,
+    progress: Progress | None,
+    arrived: Callable[[], None] | None,
+) -> tuple[Incoming, Started]:
+    root, identity_ = reader.root, reader.identity
+    folder = stack.enter_context(site.images.workspace()).path
+    pages = stack.enter_context(base.pages())
+    literals = stack.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115 (it is one)
+    delivery = Delivery(
+        source,
+        Arrival(reader.header, root, pages, literals.fileno()),
+        reader.header.file_bytes,
+        patience=request.patience,
+        hints=site.hints.of(identity_, root.totals.frames),
+        progress=progress,
+    )
+    page_map, device_state = delivery.take_head()
+    timings.mark("head")
+    layer = layer_in(folder, identity_, page_map)
+    incoming = site.hypervisor.resume_early(
+        base.image(), layer, delivery.wanted, _publish(root, request.ports), name=root.app.name
+    )
+    stack.callback(incoming.abort)
+    stack.callback(delivery.close)
+    timings.mark("started")
+
+    def keep() -> None:
+        timings.mark("arrived")
+        site.hints.add(identity_, root.totals.frames, delivery.asked)
+        if request.use_image:
+            site.images.adopt(folder, identity_, root, device_state, page_map)
+        if arrived:
+            arrived()
+
+    delivery.deliver(incoming, keep)
+    if choice.start is Start.READY:
+        delivery.wait_hot()
+    try:
+        incoming.begin(page_map)
+        incoming.start(device_state)
+    except CloudletError as error:
+        if delivery.error:
+            raise delivery.error from error
+        raise
+    return incoming, Started(choice, delivery=delivery, arriving=incoming)
 
 
 @contextmanager
@@ -117,12 +271,16 @@ def resume_base(
     """A private instance of a base as it is; it ends when the context is left."""
     incoming = site.hypervisor.resume(base.image(), ports, name=name or base.name)
     try:
-        nothing = runs_of(PageSource.empty().numbers)
-        incoming.begin(PageMap(nothing, nothing))
+        incoming.begin(_no_pages())
         incoming.finish(base.image().device_state.read_bytes())
         yield incoming.instance
     finally:
         incoming.abort()
+
+
+def _no_pages() -> PageMap:
+    nothing = runs_of(PageSource.empty().numbers)
+    return PageMap(nothing, nothing)
 
 
 def _base_of(site: Site, root: Root) -> Base:

@@ -15,7 +15,8 @@ from typing import Protocol
 
 from cloudlet.model import Accelerator, Endpoint, Firmware, Machine, PublishedPort
 from cloudlet.overlay.apply import Sink
-from cloudlet.overlay.pages import PageSource
+from cloudlet.overlay.pagemap import PageMap
+from cloudlet.overlay.pages import Numbers, PageSource, Space
 from cloudlet.overlay.root import DeviceSection
 
 Sections = tuple[DeviceSection, ...]
@@ -85,6 +86,45 @@ class Capture:
     pause_seconds: float
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of each step within the pause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """An app's pages as files: what an instance stands on besides its base, instead of loading them.
+
+    Whole and verified, or (:class:`Arriving`) still being written. Never changed by an instance.
+    """
+
+    overlay_id: str
+    pages: PageMap
+    ram: Path
+    """As large as the guest's RAM, each page at its place; the rest is holes."""
+    disk: Path
+    """The blocks, as the driver wants them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Paging:
+    """How far an instance is whose pages arrive while it runs. Seconds; pages of RAM and disk together."""
+
+    pages: int
+    missing: int
+    bytes: int
+    """Of the overlay, in all."""
+    received: int
+    complete: bool
+    reads: int = 0
+    """How often the guest asked for pages."""
+    stalls: int = 0
+    """How often it had to wait for one."""
+    longest_stall: float = 0.0
+    waited: float = 0.0
+    waiting_since: float | None = None
+    """On the monotonic clock, where it waits now."""
+
+
+Wanted = Callable[[Space, Numbers], None]
+"""Told which pages a guest waits for; called from a thread of the driver."""
 
 
 class GuestAgent(Protocol):
@@ -171,6 +211,29 @@ class Incoming(Sink, Protocol):
         """Give up: nothing of the instance is left. Can be called again, and after an error."""
 
 
+class Arriving(Incoming, Protocol):
+    """A private instance that may run before its pages have come, which they do in any order.
+
+    One thread hands over pages, from the beginning on, while another is in :meth:`begin` and :meth:`start`,
+    which may need some of them. :meth:`Sink.finish` tells that all have come, and lets nothing run.
+    """
+
+    def start(self, device_state: bytes) -> None:
+        """Load the devices and let the machine run."""
+
+    def received(self, done: int, total: int) -> None:
+        """Note how many bytes of the overlay have come, for :meth:`progress`."""
+
+    def progress(self) -> Paging:
+        """How far it is; asks nothing of the machine."""
+
+    def touched(self) -> list[tuple[Space, Numbers]]:
+        """The pages the guest has read so far, in the order of first touch, if that is recorded."""
+
+    def sever(self) -> None:
+        """No further page will come: the machine ends. From any thread; :meth:`abort` is still to follow."""
+
+
 class Hypervisor(Protocol):
     """A driver."""
 
@@ -194,9 +257,34 @@ class Hypervisor(Protocol):
         """Start a machine from its disk, with memory that can be captured as a base."""
 
     def resume(
-        self, base: BaseImage, ports: Sequence[PublishedPort] = (), *, name: str = "", overlay_id: str = ""
+        self,
+        base: BaseImage,
+        ports: Sequence[PublishedPort] = (),
+        *,
+        name: str = "",
+        overlay_id: str = "",
+        layer: Layer | None = None,
     ) -> Incoming:
-        """Start a private instance of a base, waiting for what differs from the base."""
+        """Start a private instance of a base, waiting for what differs from the base.
+
+        With a whole ``layer`` it waits for what differs from both, and shares the layer's pages with all such
+        instances; only drivers that can start early (:meth:`early_obstacle`) can do that.
+        """
+
+    def early_obstacle(self) -> str:
+        """Why no machine can run here before its pages have come, and what would help; empty where it can."""
+
+    def resume_early(
+        self,
+        base: BaseImage,
+        layer: Layer,
+        wanted: Wanted,
+        ports: Sequence[PublishedPort] = (),
+        *,
+        name: str = "",
+        record_touched: bool = False,
+    ) -> Arriving:
+        """Start a private instance of a base whose pages arrive: they go to the layer's new files."""
 
     def instances(self) -> list[Instance]:
         """The instances of this state folder that are alive, whoever started them."""

@@ -94,6 +94,8 @@ class Record:
     owner: ProcessId | None = None
     machine: ProcessId | None = None
     network: ProcessId | None = None
+    pages: ProcessId | None = None
+    """The page server, of an instance that has one. It ends first: see :meth:`processes`."""
     ram_descriptor: int | None = None
     """Under this number the owner holds the machine's RAM file, the base's for instances that come later.
 
@@ -101,11 +103,19 @@ class Record:
     """
     detail: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def processes(self) -> tuple[ProcessId, ...]:
+        """The instance's processes in the order in which to end them.
+
+        A machine that waits for a page cannot be ended before its page server is: only then the wait fails.
+        """
+        return tuple(process for process in (self.pages, self.machine, self.network) if process)
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         known = dict(data)
         known["endpoints"] = tuple(Endpoint(**endpoint) for endpoint in known["endpoints"])
-        for name in ("owner", "machine", "network"):
+        for name in ("owner", "machine", "network", "pages"):
             known[name] = ProcessId(**known[name]) if known[name] else None
         return cls(**known)
 
@@ -302,9 +312,11 @@ def _left(path: Path, record: Record | None) -> list[ProcessId]:
     Its user is no sign: that may be another machine's by now.
     """
     found = set(processes_of(path))
+    first: tuple[ProcessId, ...] = ()
     if record:
-        found |= {process for process in (record.machine, record.network) if process and process.alive()}
-    return sorted(found, key=lambda process: process.pid)
+        found |= {process for process in record.processes if process.alive()}
+        first = record.processes[:1]
+    return sorted(found, key=lambda process: (process not in first, process.pid))
 
 
 def _empty(path: Path) -> None:

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cloudlet.errors import CorruptError
 from cloudlet.model import PAGE_BYTES
@@ -67,7 +68,7 @@ def apply(
                 sink.begin(step)
             case PagePayload():
                 literals.add(step.first_literal, step.literals)
-                sink.pages(PageBatch(step.space, step.numbers, _build(step, base, literals, room)))
+                sink.pages(PageBatch(step.space, step.numbers, build(step, base, literals, room)))
             case bytes():
                 device_state = step
     sink.finish(device_state)
@@ -144,28 +145,36 @@ class LiteralSpool:
             raise CorruptError("the spool of literals ends early")
 
 
-def _build(payload: PagePayload, base: BasePages, literals: Literals, room: Rows) -> Rows:
-    """The contents of a frame's pages; only literals are handed on as they were decompressed."""
+def build(payload: PagePayload, base: BasePages, literals: Literals, room: Rows) -> Rows:
+    """The contents of a frame's pages, in ``room``; only literals are handed on as they were decompressed.
+
+    ``literals`` holds all that the pages refer to, the frame's own among them.
+    """
     if len(payload.literals) == payload.numbers.size:
         return payload.literals
     rows = room[: payload.numbers.size]
-    rows[payload.positions(Operation.LITERAL)] = payload.literals
-    rows[payload.positions(Operation.ZERO)] = 0
-    for operation, space in ((Operation.BASE_RAM, Space.RAM), (Operation.BASE_DISK, Space.DISK)):
-        base.read_into(space, payload.references_of(operation), rows, payload.positions(operation))
-    earlier = payload.references_of(Operation.EARLIER)
-    if earlier.size:
-        literals.take(earlier, rows, payload.positions(Operation.EARLIER))
-    _take_spans(payload, literals, rows)
+    for operation, (positions, references) in payload.by_operation().items():
+        match operation:
+            case Operation.ZERO:
+                rows[positions] = 0
+            case Operation.BASE_RAM:
+                base.read_into(Space.RAM, references, rows, positions)
+            case Operation.BASE_DISK:
+                base.read_into(Space.DISK, references, rows, positions)
+            case Operation.EARLIER:
+                literals.take(references, rows, positions)
+            case Operation.SPAN:
+                take_spans(payload.span_starts(references), literals, rows, positions)
+            case Operation.LITERAL:
+                rows[positions] = payload.literals
     return rows
 
 
-def _take_spans(payload: PagePayload, literals: Literals, rows: Rows) -> None:
-    """Fill the pages that are spans; neighbours that continue each other are one copy."""
-    positions = payload.positions(Operation.SPAN)
-    if not positions.size:
-        return
-    starts = payload.span_starts()
+def take_spans(starts: NDArray[np.int64], literals: Literals, rows: Rows, positions: Positions) -> None:
+    """Fill ``rows[positions[i]]`` with the 4096 bytes from ``starts[i]`` on, in the sequence of all literals.
+
+    There is at least one; neighbours that continue each other are one copy.
+    """
     room = rows.data.cast("B")
     breaks = np.flatnonzero((np.diff(positions) != 1) | (np.diff(starts) != PAGE_BYTES)) + 1
     for first, after in pairwise([0, *breaks.tolist(), positions.size]):
@@ -188,9 +197,9 @@ def _steps(reader: OverlayReader, progress: Progress | None) -> Iterator[PageMap
                 case FrameKind.MAP:
                     raw_map.append(bytes(raw))
                     if len(raw_map) == len(root.map_frames):
-                        page_map = PageMap.decode(b"".join(raw_map), root.machine, root.totals)
+                        page_map = PageMap.decode(b"".join(raw_map), root)
                         raw_map.clear()
-                        coverage = {space: Coverage(page_map.runs(space), space) for space in Space}
+                        coverage = {space: Coverage(page_map, space) for space in Space}
                         yield page_map
                 case FrameKind.DEVICE:
                     raw_device.append(bytes(raw))
@@ -199,7 +208,8 @@ def _steps(reader: OverlayReader, progress: Progress | None) -> Iterator[PageMap
                     if payload.first_literal != literal:
                         at = payload.first_literal
                         raise CorruptError(f"{part.where} begins with literal {at}, not {literal}")
-                    coverage[payload.space].claim(payload.numbers, part.where)
+                    hot = part.number < len(root.listed_frames)
+                    coverage[payload.space].claim(payload.numbers, part.where, hot=hot)
                     literal += part.entry.literals
                     yield payload
         if progress is not None:

@@ -51,6 +51,7 @@ class CreateReport:
     """What became of the pages, what the bytes are for, and seconds of wall time by step."""
 
     identity: str = ""
+    base: str = ""
     captured: dict[Space, int] = field(default_factory=dict)
     pages: dict[Space, Counter[Operation]] = field(default_factory=lambda: {s: Counter() for s in Space})
     literal_bytes: int = 0
@@ -63,6 +64,7 @@ class CreateReport:
     """Header, root and signature."""
     file_bytes: int = 0
     hot_frames: int = 0
+    hot_bytes: int = 0
     plain_delta_bytes: int | None = None
     """All changed pages and blocks as one stream of zstd -3."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -138,11 +140,9 @@ def _encode(
     report: CreateReport,
 ) -> _Parts:
     packer = Packer(level)
-    runs = {space: runs_of(sources[space].numbers[changed[space]]) for space in Space}
-    page_map = PageMap(runs[Space.RAM], runs[Space.DISK]).encode()
-    maps = _pack_whole(packer, FrameKind.MAP, page_map, MAP_BYTES)
-    devices = _pack_whole(packer, FrameKind.DEVICE, description.device_state, DEVICE_BYTES)
     plan = FramePlan.make(sources, changed, hot)
+    maps = _pack_whole(packer, FrameKind.MAP, _page_map(sources, changed, plan).encode(), MAP_BYTES)
+    devices = _pack_whole(packer, FrameKind.DEVICE, description.device_state, DEVICE_BYTES)
     encoder = PageEncoder(base, index)
     entries: list[FrameEntry] = []
     done, total = 0, sum(positions.size for positions in changed.values())
@@ -166,6 +166,16 @@ def _encode(
         ram_pages=changed[Space.RAM].size,
     )
     return _Parts(maps, devices, entries[: len(plan.hot)], entries[len(plan.hot) :], totals)
+
+
+def _page_map(
+    sources: Mapping[Space, PageSource], changed: Mapping[Space, Positions], plan: FramePlan
+) -> PageMap:
+    spaces = (Space.RAM, Space.DISK)
+    return PageMap(
+        *(runs_of(sources[space].numbers[changed[space]]) for space in spaces),
+        *(runs_of(sources[space].numbers[plan.hot_positions(space)]) for space in spaces),
+    )
 
 
 def _write(
@@ -206,6 +216,7 @@ def _write(
 
 def _account(report: CreateReport, header: Header, root: Root, root_bytes: bytes) -> None:
     report.identity = header.identity(root_bytes)
+    report.base = root.base
     report.file_bytes = header.file_bytes
     report.head_bytes = header.parts_start
     report.map_bytes = sum(entry.size for entry in root.map_frames)
@@ -215,6 +226,7 @@ def _account(report: CreateReport, header: Header, root: Root, root_bytes: bytes
     report.frame_bytes += sum(chunk.size for chunk in root.chunks)
     report.literal_bytes = root.totals.literals * PAGE_BYTES
     report.hot_frames = len(root.hot_frames)
+    report.hot_bytes = sum(entry.size for entry in root.hot_frames)
 
 
 def _pack_whole(packer: Packer, kind: FrameKind, raw: bytes, most: int) -> list[tuple[FrameEntry, bytes]]:

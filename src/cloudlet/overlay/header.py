@@ -16,11 +16,11 @@ from cloudlet.errors import CorruptError, LimitError, TruncatedError, VersionErr
 from cloudlet.overlay.limits import ROOT_BYTES
 
 MAGIC = b"\x89CLO\r\n\x1a\n"
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 56
 SIGNATURE_BYTES = 96
 KEY_ID_BYTES = 32
-SIGNED_PREFIX = b"cloudlet overlay 1\n"
+SIGNED_PREFIX = b"cloudlet overlay 2\n"
 
 _LAYOUT = struct.Struct("<8sHHI32sQ")
 
@@ -59,7 +59,10 @@ class Header:
         if magic != MAGIC:
             raise CorruptError("this is not an overlay: the file begins with other bytes")
         if version != VERSION:
-            raise VersionError(f"the overlay has version {version}, this program reads {VERSION}")
+            raise VersionError(
+                f"the overlay has version {version}, this program reads {VERSION}",
+                hint="make it again with this version" if version < VERSION else "",
+            )
         if signatures > 1:
             raise CorruptError(f"the header declares {signatures} signatures, there may be one")
         if not 2 <= root_bytes <= ROOT_BYTES:

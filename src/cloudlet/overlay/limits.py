@@ -13,13 +13,13 @@ FRAME_BYTES = 4 << 20
 """One frame, in the file as well as decompressed."""
 
 FRAME_PAGES = 512
-"""Pages in one frame: 2 MiB, nearly as good for the compressor as one long stream."""
+"""Pages in one frame: 2 MiB. Writers put fewer into it (``plan.py``)."""
 
 CHUNK_FRAMES = 256
-"""Frames in one index chunk: 12 KiB of table for up to 512 MiB of pages."""
+"""Frames in one index chunk: 12 KiB of table."""
 
 MAP_BYTES = 16 << 20
-"""All map frames, decompressed: two million runs of changed pages."""
+"""All map frames, decompressed: two million runs of pages."""
 
 DEVICE_BYTES = 16 << 20
 """All device frames, decompressed. QEMU's own is a quarter of a MiB."""

@@ -7,7 +7,7 @@ everything that needs no other frame, so that whoever builds the pages need not 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Self
 
@@ -32,6 +32,16 @@ class Operation(IntEnum):
     EARLIER = 3
     SPAN = 4
     LITERAL = 5
+
+
+_CODES = {operation: int(operation) for operation in Operation}
+"""As plain integers: to compare an array with a member of an enumeration takes numpy five times as long."""
+_ZERO, _LITERAL = _CODES[Operation.ZERO], _CODES[Operation.LITERAL]
+
+
+def _refers(codes: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which pages need a reference."""
+    return np.asarray((codes > _ZERO) & (codes < _LITERAL))
 
 
 def oldest_reference(first_literal: int, literals: int) -> int:
@@ -86,30 +96,42 @@ class PagePayload:
         payload._check(machine, where)
         return payload
 
-    def positions(self, operation: Operation) -> Positions:
-        """The pages that come by this operation."""
-        return np.flatnonzero(self.operations == operation)
+    def by_operation(self) -> dict[Operation, tuple[Positions, Numbers]]:
+        """Of each operation that occurs, in the order of the codes: the positions of its pages, and their
+        references; zeros and literals have none.
+        """
+        codes, counts = self.operations, np.bincount(self.operations).tolist()
+        referring = codes[_refers(codes)]
+        return {
+            operation: (np.flatnonzero(codes == code), self.references[referring == code])
+            for operation, code in _CODES.items()
+            if code < len(counts) and counts[code]
+        }
 
-    def references_of(self, operation: Operation) -> Numbers:
-        """The references of the pages that come by this operation, as :meth:`positions`."""
-        codes = self.operations
-        referring = codes[(codes > Operation.ZERO) & (codes < Operation.LITERAL)]
-        return np.asarray(self.references[referring == operation])
-
-    def span_starts(self) -> NDArray[np.int64]:
-        """Where the spans begin, in bytes of the sequence of all literals, as the positions of SPAN."""
+    def span_starts(self, references: Numbers) -> NDArray[np.int64]:
+        """Where spans with these references begin, in bytes of the sequence of all literals."""
         end = (self.first_literal + len(self.literals)) * PAGE_BYTES
-        return end - self.references_of(Operation.SPAN).astype(np.int64)
+        return end - references.astype(np.int64)
+
+    def without(self, positions: Positions) -> PagePayload:
+        """The payload without some of the pages that refer to something."""
+        kept = np.ones(self.numbers.size, np.bool_)
+        kept[positions] = False
+        return replace(
+            self,
+            numbers=self.numbers[kept],
+            operations=self.operations[kept],
+            references=self.references[kept[_refers(self.operations)]],
+        )
 
     def _check(self, machine: Machine, where: str) -> None:
-        if int(self.operations.max()) > Operation.LITERAL:
-            raise CorruptError(f"{where} holds the reserved operation {int(self.operations.max())}")
-        counts = np.bincount(self.operations, minlength=len(Operation))
-        if counts[Operation.LITERAL] != len(self.literals):
-            raise CorruptError(
-                f"{where} uses {counts[Operation.LITERAL]} literals and has {len(self.literals)}"
-            )
-        if counts[Operation.BASE_RAM : Operation.LITERAL].sum() != self.references.size:
+        counts = np.bincount(self.operations, minlength=len(Operation)).tolist()
+        if len(counts) > len(Operation):
+            raise CorruptError(f"{where} holds the reserved operation {len(counts) - 1}")
+        _, *referring, literals = counts
+        if literals != len(self.literals):
+            raise CorruptError(f"{where} uses {literals} literals and has {len(self.literals)}")
+        if sum(referring) != self.references.size:
             raise CorruptError(f"{where} does not have one reference for each page that needs one")
         spaces = {Space.RAM: machine.ram_pages, Space.DISK: machine.disk_blocks}
         if int(self.numbers.max()) >= spaces[self.space]:
@@ -117,12 +139,15 @@ class PagePayload:
         if not self.references.size:
             return
         last = self.first_literal + len(self.literals)
-        for operation, low, high in (
-            (Operation.BASE_RAM, 0, spaces[Space.RAM]),
-            (Operation.BASE_DISK, 0, spaces[Space.DISK]),
-            (Operation.EARLIER, oldest_reference(self.first_literal, len(self.literals)), last),
-            (Operation.SPAN, PAGE_BYTES, min(last, WINDOW_LITERALS) * PAGE_BYTES + 1),
-        ):
-            references = self.references_of(operation)
-            if references.size and not low <= int(references.min()) <= int(references.max()) < high:
-                raise CorruptError(f"{where} refers to {operation.name} outside {low} to {high - 1}")
+        limits = {
+            Operation.BASE_RAM: (0, spaces[Space.RAM]),
+            Operation.BASE_DISK: (0, spaces[Space.DISK]),
+            Operation.EARLIER: (oldest_reference(self.first_literal, len(self.literals)), last),
+            Operation.SPAN: (PAGE_BYTES, min(last, WINDOW_LITERALS) * PAGE_BYTES + 1),
+        }
+        codes = self.operations[_refers(self.operations)]
+        lows, highs = np.array([(0, 0), *limits.values()]).T[:, codes]
+        if (outside := (self.references < lows) | (self.references >= highs)).any():
+            operation = Operation(int(codes[outside.argmax()]))
+            low, high = limits[operation]
+            raise CorruptError(f"{where} refers to {operation.name} outside {low} to {high - 1}")

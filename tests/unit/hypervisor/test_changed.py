@@ -15,7 +15,7 @@ import pytest
 
 from cloudlet.errors import FailedError
 from cloudlet.hypervisor.qemu import changed
-from cloudlet.hypervisor.qemu.memory import sealed_ram
+from tests.unit.hypervisor.sealed import sealed_ram
 
 PAGES = 3000
 PAGE = 4096
@@ -78,8 +78,12 @@ def expected(written: list[int]) -> bytes:
     return b"".join(rows)
 
 
+def path_of(ram: int) -> Path:
+    return Path(f"/proc/self/fd/{ram}")
+
+
 def look(pid: int, ram: int, target: Path) -> tuple[list[int], bytes]:
-    mapping = changed.find_mapping(pid, os.fstat(ram).st_ino, PAGES * PAGE)
+    mapping = changed.find_mapping(pid, path_of(ram), PAGES * PAGE)
     numbers = changed.private_pages(mapping)
     with target.open("wb") as file:
         changed.read_pages(mapping, numbers, file.fileno())
@@ -109,9 +113,9 @@ def test_the_changed_pages_and_their_bytes(ram: int, tmp_path: Path, written: li
 
 def test_the_machine_must_have_mapped_it(ram: int) -> None:
     with machine(ram, []) as pid, pytest.raises(FailedError, match="no mapping"):
-        changed.find_mapping(pid, os.fstat(ram).st_ino + 1, PAGES * PAGE)
+        changed.find_mapping(pid, Path(__file__), PAGES * PAGE)
     with machine(ram, []) as pid, pytest.raises(FailedError, match="no mapping"):
-        changed.find_mapping(pid, os.fstat(ram).st_ino, PAGES * PAGE + 1)
+        changed.find_mapping(pid, path_of(ram), PAGES * PAGE + 1)
 
 
 def test_access_is_checked_at_the_start(ram: int) -> None:
@@ -126,16 +130,17 @@ def test_without_the_right_it_is_refused(ram: int) -> None:
     if os.geteuid():
         pytest.skip("only root can become another user")
     script = """
-import os, sys
+import os, pathlib, sys
 sys.path[:0] = sys.argv[3:]
 from cloudlet.errors import RefusedError
 from cloudlet.hypervisor.qemu import changed
+from tests.unit.hypervisor.sealed import sealed_ram
 os.setgroups([]), os.setgid(65534), os.setuid(65534)
-pid, inode = int(sys.argv[1]), int(sys.argv[2])
+pid, ram = int(sys.argv[1]), pathlib.Path(sys.argv[2])
 mapping = changed.Mapping(pid, 0, 1)
 for attempt in (
     lambda: changed.check_access(pid),
-    lambda: changed.find_mapping(pid, inode, 1),
+    lambda: changed.find_mapping(pid, ram, 1),
     lambda: changed.private_pages(mapping),
 ):
     try:
@@ -145,7 +150,7 @@ for attempt in (
 """
     with machine(ram, []) as pid:
         result = subprocess.run(
-            [sys.executable, "-c", script, str(pid), str(os.fstat(ram).st_ino)],
+            [sys.executable, "-c", script, str(pid), "/"],
             capture_output=True, text=True, timeout=30, check=False,
         )  # fmt: skip
     assert result.stdout.count("may not be read") == 3, result.stderr

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from cloudlet.errors import NotFoundError
-from cloudlet.hypervisor.qemu.memory import is_sealed, sealed_ram, writable_ram
+from cloudlet.hypervisor.qemu.memory import is_sealed, writable_ram
 from cloudlet.hypervisor.records import ProcessId
+from tests.unit.hypervisor.sealed import sealed_ram
 
 BASE = "ab" * 32
 SIZE = 3 << 20
@@ -115,5 +116,5 @@ def test_memory_for_a_machine_that_boots_can_be_written() -> None:
 
 
 def test_a_file_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match="RAM of base abababababab"):
+    with pytest.raises(NotFoundError, match="RAM is missing"):
         sealed_ram(BASE, tmp_path / "none", [])

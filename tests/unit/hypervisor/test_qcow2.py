@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cloudlet.errors import CorruptError
-from cloudlet.hypervisor.qemu.qcow2 import Qcow2Writer, changed_ranges
+from cloudlet.hypervisor.qemu.qcow2 import ZEROS, Qcow2Writer, held_blocks
 from cloudlet.model import GIBIBYTE
 
 BLOCK = 4096
@@ -53,10 +53,9 @@ def check(path: Path, size: int, blocks: list[int]) -> None:
     assert json.loads(tool("qemu-img", "info", "--output=json", str(path)))["virtual-size"] == size
     found = {}
     with path.open("rb") as file:
-        for start, length, offset in changed_ranges(path, size):
-            assert offset is not None
-            for at in range(0, length, BLOCK):
-                found[(start + at) // BLOCK] = os.pread(file.fileno(), BLOCK, offset + at)
+        for block, offset in zip(*held_blocks(path, size), strict=True):
+            assert offset != ZEROS
+            found[int(block)] = os.pread(file.fileno(), BLOCK, int(offset))
     assert sorted(found) == blocks
     assert all(found[block] == content(block).tobytes() for block in blocks)
 
@@ -137,11 +136,9 @@ def test_qemu_can_write_on_in_the_file(tmp_path: Path) -> None:
     tool("qemu-io", "-f", "qcow2", "-c", "write -P 7 16M 12M", "-c", f"discard {700 * BLOCK} 4k", path)
     assert "No errors" in tool("qemu-img", "check", "-f", "qcow2", path)
     tool("qemu-io", "-f", "qcow2", "-c", "read -P 7 16M 12M", path)
-    blocks: dict[int, bool] = {}
-    for start, length, offset in changed_ranges(tmp_path / "disk", LARGE):
-        blocks |= dict.fromkeys(range(start // BLOCK, (start + length) // BLOCK), offset is None)
-    assert sorted(blocks) == [0, 700, *range(4096, 7168), LARGE // BLOCK - 1]
-    assert [block for block, zero in blocks.items() if zero] == [700]
+    blocks, offsets = held_blocks(tmp_path / "disk", LARGE)
+    assert blocks.tolist() == [0, 700, *range(4096, 7168), LARGE // BLOCK - 1]
+    assert blocks[offsets == ZEROS].tolist() == [700]
 
 
 def test_the_file_must_be_new(tmp_path: Path) -> None:
@@ -153,7 +150,7 @@ def test_the_file_must_be_new(tmp_path: Path) -> None:
 def test_a_file_that_is_no_disk(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(b"no disk")
     with pytest.raises(CorruptError, match="it is cut"):
-        changed_ranges(tmp_path / "disk", 1 << 20)
+        held_blocks(tmp_path / "disk", 1 << 20)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +171,7 @@ def test_what_a_machine_that_was_taken_over_can_write(tmp_path: Path, at: int, n
     with (tmp_path / "disk").open("r+b") as file:
         os.pwrite(file.fileno(), new, at)
     with pytest.raises(CorruptError):
-        changed_ranges(tmp_path / "disk", 1 << 20)
+        held_blocks(tmp_path / "disk", 1 << 20)
 
 
 def test_one_cluster_for_all_blocks(tmp_path: Path) -> None:
@@ -183,4 +180,4 @@ def test_one_cluster_for_all_blocks(tmp_path: Path) -> None:
         root = int.from_bytes(os.pread(file.fileno(), 8, 4096), "big") & ~(1 << 63)
         os.pwrite(file.fileno(), os.pread(file.fileno(), 8, root + 24) * 512, root)
     with pytest.raises(CorruptError, match="cannot be where it says"):
-        changed_ranges(tmp_path / "disk", 1 << 21)
+        held_blocks(tmp_path / "disk", 1 << 21)

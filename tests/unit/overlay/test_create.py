@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloudlet.errors import CorruptError, LimitError, MismatchError, UsageError
+from cloudlet.model import PAGE_BYTES
 from cloudlet.overlay import limits, plan
 from cloudlet.overlay.create import Description, create
-from cloudlet.overlay.frames import FrameKind
+from cloudlet.overlay.frames import FrameEntry, FrameKind, pack_chunk, payload_bytes
 from cloudlet.overlay.index import PageIndex
 from cloudlet.overlay.pages import PageSource, Rows, Space
 from cloudlet.overlay.payload import Operation
@@ -34,7 +35,7 @@ def rows(content: dict[int, int | None]) -> dict[int, Rows]:
     st.dictionaries(st.integers(0, 63), CONTENT, max_size=40),
     HOT,
     st.integers(1, 5000),
-    st.sampled_from([(1, 2, 1), (7, 3, 2), (512, 64, 256)]),
+    st.sampled_from([(1, 1), (2, 3), (7, 2), (64, 256)]),
 )
 def test_what_goes_in_comes_out(
     world: World,
@@ -42,14 +43,13 @@ def test_what_goes_in_comes_out(
     disk: dict[int, int | None],
     hot: list[tuple[Space, list[int]]],
     most: int,
-    sizes: tuple[int, int, int],
+    sizes: tuple[int, int],
 ) -> None:
     """Whatever a capture holds, however frames are cut and however the stream trickles."""
     order = [(space, np.array(numbers, np.uint32)) for space, numbers in hot]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cloudlet.overlay.plan.FRAME_PAGES", sizes[0])
-        patch.setattr("cloudlet.overlay.plan.HOT_FRAME_PAGES", sizes[1])
-        patch.setattr("cloudlet.overlay.create.CHUNK_FRAMES", sizes[2])
+        patch.setattr("cloudlet.overlay.plan.FRAME_PAGES_WRITTEN", sizes[0])
+        patch.setattr("cloudlet.overlay.create.CHUNK_FRAMES", sizes[1])
         data, report = world.create(rows(ram), rows(disk), hot=order)
     rebuilt = world.apply(data, most=most)
     expected_ram, expected_disk = world.ram.copy(), world.disk.copy()
@@ -104,7 +104,7 @@ def kinds(data: bytes) -> list[FrameKind]:
 
 
 def test_hot_pages_come_first_in_the_order_of_touch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cloudlet.overlay.plan.HOT_FRAME_PAGES", 2)
+    monkeypatch.setattr("cloudlet.overlay.plan.FRAME_PAGES_WRITTEN", 2)
     ram, disk = rows({i: i + 1 for i in range(10)}), rows({i: i + 50 for i in range(10)})
     hot = [
         (Space.RAM, np.array([9, 3, 9, 77], np.uint32)),
@@ -116,14 +116,16 @@ def test_hot_pages_come_first_in_the_order_of_touch(world: World, monkeypatch: p
     assert report.hot_frames == 3
     assert rebuilt.came[Space.RAM][:3] == [3, 9, 5]
     assert rebuilt.came[Space.DISK][:1] == [8]
-    assert kinds(data)[2:] == [FrameKind.RAM] * 2 + [FrameKind.DISK] * 2 + [FrameKind.RAM]
+    assert kinds(data)[2:] == [FrameKind.RAM] * 2 + [FrameKind.DISK] * 6 + [FrameKind.RAM] * 4
+    assert rebuilt.map.hot_ram.tolist() == [[3, 1], [5, 1], [9, 1]]
+    assert rebuilt.map.hot_disk.tolist() == [[8, 1]]
 
 
 def test_what_is_hot_beyond_the_root_comes_with_the_cold(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "HOT_FRAMES", 1)
-    monkeypatch.setattr(plan, "HOT_FRAME_PAGES", 2)
+    monkeypatch.setattr(plan, "FRAME_PAGES_WRITTEN", 2)
     data, report = world.create(
         rows({i: i + 1 for i in range(9)}), hot=[(Space.RAM, np.arange(9, dtype=np.uint32))]
     )
@@ -132,20 +134,27 @@ def test_what_is_hot_beyond_the_root_comes_with_the_cold(
 
 
 def test_a_full_hot_prefix_fits_the_root(world: World) -> None:
-    """The largest entries there can be, as many as the writer makes, beside a large application."""
-    from cloudlet.overlay.frames import FrameEntry, payload_bytes
-
-    entry = FrameEntry(FrameKind.RAM, 270_000, payload_bytes(64, 0, 64), 64, 64, b"\xff" * 32)
+    """The largest entries there can be, as many as the writer makes, beside a large application and 12 GiB of
+    pages that changed.
+    """
+    pages = plan.FRAME_PAGES_WRITTEN
+    entry = FrameEntry(FrameKind.RAM, 270_000, payload_bytes(pages, 0, pages), pages, pages, b"\xff" * 32)
+    chunk, _ = pack_chunk([entry] * limits.CHUNK_FRAMES)
     root = unsigned(world.create()[0]).root
-    large = replace(root, hot_frames=(entry,) * plan.HOT_FRAMES, device_sections=SECTIONS * 40)
-    assert len(large.encode()) < limits.ROOT_BYTES - 10_000
+    large = replace(
+        root,
+        hot_frames=(entry,) * plan.HOT_FRAMES,
+        device_sections=SECTIONS * 40,
+        chunks=(chunk,) * ((12 << 30) // (chunk.pages * PAGE_BYTES)),
+    )
+    assert len(large.encode()) <= limits.ROOT_BYTES
 
 
 def test_the_window_is_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a window of 20 literals, nothing refers further back, and the content is right."""
     for module in ("encode", "payload", "apply"):
         monkeypatch.setattr(f"cloudlet.overlay.{module}.WINDOW_LITERALS", 20)
-    monkeypatch.setattr("cloudlet.overlay.plan.FRAME_PAGES", 8)
+    monkeypatch.setattr("cloudlet.overlay.plan.FRAME_PAGES_WRITTEN", 8)
     content = {i: 1 + (i * 7) % 30 for i in range(96)}
     data, report = world.create(rows(content))
     assert (world.apply(data).ram == np.stack(list(rows(content).values()))).all()

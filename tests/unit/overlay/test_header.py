@@ -25,8 +25,8 @@ def test_it_reads_what_it_writes() -> None:
     [
         (0, b"\x88", CorruptError),
         (4, b"\n", CorruptError),
-        (8, b"\x02\x00", VersionError),
-        (8, b"\x00\x00", VersionError),
+        (8, b"\x01\x00", VersionError),
+        (8, b"\x03\x00", VersionError),
         (10, b"\x02\x00", CorruptError),
         (12, b"\x01\x00\x00\x00", LimitError),
         (12, b"\x01\x00\x01\x00", LimitError),
@@ -35,6 +35,13 @@ def test_it_reads_what_it_writes() -> None:
 def test_it_is_checked(offset: int, data: bytes, error: type[Exception]) -> None:
     with pytest.raises(error):
         Header.decode(changed(offset, data))
+
+
+def test_an_overlay_of_before_is_to_be_made_again() -> None:
+    with pytest.raises(VersionError, match="make it again with this version"):
+        Header.decode(changed(8, b"\x01\x00"))
+    with pytest.raises(VersionError, match="use a newer Cloudlet"):
+        Header.decode(changed(8, b"\x03\x00"))
 
 
 def test_a_short_one_is_truncated() -> None:

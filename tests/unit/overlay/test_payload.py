@@ -51,12 +51,11 @@ def test_it_reads_what_it_writes(data: st.DataObject) -> None:
     assert again.references.tolist() == references
     assert (again.literals == made.literals).all()
     referring = [o for o in operations if o in _REFERRING]
-    for operation in _REFERRING:
-        expected = [r for o, r in zip(referring, references, strict=True) if o == operation]
-        assert again.references_of(operation).tolist() == expected
-        assert again.positions(operation).tolist() == [
-            at for at, o in enumerate(operations) if o == operation
-        ]
+    found = again.by_operation()
+    assert list(found) == sorted(set(operations))
+    for operation, (positions, own) in found.items():
+        assert positions.tolist() == [at for at, o in enumerate(operations) if o == operation]
+        assert own.tolist() == [r for o, r in zip(referring, references, strict=True) if o == operation]
 
 
 @pytest.mark.parametrize("code", [6, 7, 255])
@@ -97,16 +96,26 @@ def test_counts_must_fit() -> None:
 def test_references_stay_inside(operation: Operation, reference: int, good: bool) -> None:
     made = payload([operation, Operation.LITERAL], [1, 2], [reference], first=20_000)
     if good:
-        assert decode(made).references_of(operation).tolist() == [reference]
+        assert decode(made).by_operation()[operation][1].tolist() == [reference]
     else:
-        with pytest.raises(CorruptError, match="outside"):
+        with pytest.raises(CorruptError, match=f"{operation.name} outside"):
             decode(made)
 
 
 def test_a_span_does_not_begin_before_the_first_literal() -> None:
-    assert decode(payload([5, 4], [1, 2], [2 * 4096], first=1)).span_starts().tolist() == [0]
+    made = decode(payload([5, 4], [1, 2], [2 * 4096], first=1))
+    assert made.span_starts(made.references).tolist() == [0]
     with pytest.raises(CorruptError, match="outside"):
         decode(payload([5, 4], [1, 2], [2 * 4096 + 1], first=1))
+
+
+def test_pages_that_refer_can_be_left_out() -> None:
+    made = payload([1, 5, 0, 4, 3], [1, 2, 3, 4, 5], [30, 4096, 2])
+    some = made.without(np.array([0, 3]))
+    assert some.numbers.tolist() == [2, 3, 5]
+    assert some.operations.tolist() == [5, 0, 3]
+    assert some.references.tolist() == [2]
+    assert (some.literals == made.literals).all()
 
 
 @pytest.mark.parametrize("numbers", [[96], [5, 2**32 - 1]])

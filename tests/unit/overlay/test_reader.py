@@ -124,7 +124,7 @@ def test_signatures(world: World, signed: bytes, small: bytes) -> None:
 
 def test_another_version(signed: bytes) -> None:
     with pytest.raises(VersionError):
-        OverlayReader(io.BytesIO(signed[:8] + b"\x02\x00" + signed[10:]), RING.verify)
+        OverlayReader(io.BytesIO(signed[:8] + b"\x01\x00" + signed[10:]), RING.verify)
 
 
 def test_another_base_is_refused_before_any_frame(world: World, small: bytes) -> None:
@@ -266,9 +266,21 @@ def test_declared_sizes_beyond_the_limits(world: World, small: bytes) -> None:
 def test_a_map_that_is_wrong(world: World, small: bytes) -> None:
     forged = Forged.of(small)
     raw = forged.raw(0)
-    raw[8] += 1
+    raw[16] += 1
     forged.set_raw(0, raw)
     refuse(world, forged.data(), CorruptError)
+
+
+def test_a_map_that_calls_other_pages_hot(world: World, small: bytes) -> None:
+    """Pages 2 and 70 are hot; the map's last run but none says 71 or 80, or the root has no hot frame."""
+    for page_number, why in ((71, "hot that does not come"), (80, "that the map says is cold")):
+        forged = Forged.of(small)
+        raw = forged.raw(0)
+        assert struct.unpack_from("<II", raw, len(raw) - 8) == (70, 1)
+        struct.pack_into("<I", raw, len(raw) - 8, page_number)
+        forged.set_raw(0, raw)
+        assert why in str(refuse(world, forged.data(), CorruptError).value)
+    assert "hot RAM pages, the root says 0" in str(refuse(world, Forged.of(small).data(hot=0)).value)
 
 
 def test_frames_of_the_wrong_kind(world: World, small: bytes) -> None:

@@ -14,8 +14,7 @@ from .world import World, page, unsigned
 @pytest.fixture
 def many(world: World, monkeypatch: pytest.MonkeyPatch) -> bytes:
     """Frames of three pages, two hot ones, chunks of four frames; some frames have no literal."""
-    monkeypatch.setattr("cloudlet.overlay.plan.FRAME_PAGES", 3)
-    monkeypatch.setattr("cloudlet.overlay.plan.HOT_FRAME_PAGES", 2)
+    monkeypatch.setattr("cloudlet.overlay.plan.FRAME_PAGES_WRITTEN", 3)
     monkeypatch.setattr("cloudlet.overlay.create.CHUNK_FRAMES", 4)
     ram = {i: page(i % 24 + 1) for i in range(64)}
     hot = [(Space.RAM, np.array([40, 3, 30, 31], np.uint32))]
@@ -26,15 +25,21 @@ def test_every_frame_is_where_the_table_says(world: World, many: bytes) -> None:
     reader = unsigned(many)
     table = FrameTable(reader.header, reader.root)
     frames = [part for part in reader.parts() if isinstance(part, Frame)]
-    literal = 0
+    literal = nth = 0
     for frame in frames:
         chunk = table.chunk_of(frame.number)
-        if chunk is not None:
+        if chunk is not None and not table.has_chunk(chunk):
             where = table.chunk_place(chunk)
             table.add_chunk(chunk, many[where.offset : where.offset + where.size])
         assert table.entry(frame.number) == frame.entry
         place = table.place(frame.number)
         assert many[place.offset : place.offset + place.size] == frame.blob
+        assert table.pages_before(frame.number) == nth
+        for own in range(frame.entry.pages):
+            assert table.chunk_of_page(nth + own) == chunk
+            assert table.frame_of_page(nth + own) == frame.number
+        nth += frame.entry.pages
+        assert len(table.unpack(frame.number, frame.blob)) == frame.entry.raw_size
         if frame.entry.kind.is_pages:
             payload = table.decode(frame.number, frame.blob)
             assert payload.first_literal == literal
@@ -44,6 +49,7 @@ def test_every_frame_is_where_the_table_says(world: World, many: bytes) -> None:
             literal += frame.entry.literals
     assert len(table) == len(frames)
     assert literal == reader.root.totals.literals
+    assert nth == reader.root.totals.pages
     last = table.place(len(table) - 1)
     assert last.offset + last.size == len(many)
 
@@ -65,8 +71,13 @@ def test_what_is_not_there_is_refused(many: bytes) -> None:
         table.entry(len(table))
     with pytest.raises(IndexError):
         table.frame_of_literal(reader.root.totals.literals)
+    with pytest.raises(IndexError):
+        table.frame_of_page(reader.root.totals.pages)
     with pytest.raises(KeyError):
         table.place(len(table) - 1)
+    with pytest.raises(KeyError):
+        table.frame_of_page(reader.root.totals.pages - 1)
+    assert not table.has_chunk(0)
     with pytest.raises(CorruptError):
         table.add_chunk(0, bytes(reader.root.chunks[0].table_bytes))
     hot = len(reader.root.map_frames) + len(reader.root.device_frames)

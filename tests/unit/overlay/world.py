@@ -121,6 +121,7 @@ class Rebuilt:
 
     def begin(self, pages: PageMap) -> None:
         assert not self.announced
+        self.map = pages
         self.ram, self.disk = self.world.ram.copy(), self.world.disk.copy()
         self.announced = {s: set(numbers_of(pages.runs(s)).tolist()) for s in Space}
 

@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cloudlet.errors import MismatchError, NotFoundError
-from cloudlet.hypervisor.driver import BaseImage, Boot, Instance
+from cloudlet.errors import MismatchError, NotFoundError, RefusedError
+from cloudlet.hypervisor.driver import Arriving, BaseImage, Boot, Instance, Layer, Wanted
 from cloudlet.hypervisor.fake.incoming import FakeIncoming, full_disk_is_capacity
 from cloudlet.hypervisor.fake.instance import DISK, RAM, FakeInstance
 from cloudlet.hypervisor.qemu.network import BoundPort, bind_ports
@@ -99,7 +99,10 @@ class FakeHypervisor:
         *,
         name: str = "",
         overlay_id: str = "",
+        layer: Layer | None = None,
     ) -> FakeIncoming:
+        if layer:
+            raise RefusedError(self.early_obstacle())
         self.check(base.machine)
         with ExitStack() as on_error:
             workspace, bound = self._begin(ports, on_error)
@@ -117,6 +120,21 @@ class FakeHypervisor:
             instance = self._start(workspace, bound, record, base.machine, config)
             on_error.pop_all()
             return FakeIncoming(instance, base)
+
+    def early_obstacle(self) -> str:
+        return "fake machines start when all of their overlay is here"
+
+    def resume_early(
+        self,
+        base: BaseImage,
+        layer: Layer,
+        wanted: Wanted,
+        ports: Sequence[PublishedPort] = (),
+        *,
+        name: str = "",
+        record_touched: bool = False,
+    ) -> Arriving:
+        raise RefusedError(self.early_obstacle())
 
     def instances(self) -> list[Instance]:
         return [

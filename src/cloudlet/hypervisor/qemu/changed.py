@@ -35,18 +35,20 @@ class Mapping:
     pages: int
 
 
-def find_mapping(pid: int, inode: int, ram_bytes: int) -> Mapping:
-    """The mapping of the RAM file with this inode number.
+def find_mapping(pid: int, ram: Path, ram_bytes: int) -> Mapping:
+    """The mapping of the RAM file, which is known by its device and inode number.
 
     :raises RefusedError: this process may not look.
     """
     try:
+        status = ram.stat()
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     except PermissionError as error:
         raise _refused() from error
+    file = (f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino))
     for line in lines:
         fields = line.split(None, 5)
-        if len(fields) == 6 and int(fields[4]) == inode and fields[5].startswith("/memfd:cloudlet-"):
+        if tuple(fields[3:5]) == file:
             start, end = (int(address, 16) for address in fields[0].split("-"))
             if end - start >= ram_bytes and int(fields[2], 16) == 0:
                 return Mapping(pid, start, ram_bytes // PAGE_BYTES)

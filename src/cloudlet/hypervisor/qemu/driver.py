@@ -8,17 +8,29 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from cloudlet.errors import CapacityError, MismatchError, NotFoundError
-from cloudlet.hypervisor.driver import BaseImage, Boot, Instance
-from cloudlet.hypervisor.qemu import accelerator, launch, ramblocks
-from cloudlet.hypervisor.qemu.incoming import QemuIncoming, Starting, wait_network
+from cloudlet.hypervisor.driver import BaseImage, Boot, Instance, Layer, Wanted
+from cloudlet.hypervisor.qemu import accelerator, launch, page_server, ramblocks
+from cloudlet.hypervisor.qemu.early import QemuArriving, told_in_pages
+from cloudlet.hypervisor.qemu.hugepages import without_hugepages
+from cloudlet.hypervisor.qemu.incoming import (
+    QemuIncoming,
+    Starting,
+    Stream,
+    full_disk_is_capacity,
+    wait_network,
+)
 from cloudlet.hypervisor.qemu.instance import DISK, UEFI_VARS, QemuInstance
+from cloudlet.hypervisor.qemu.layer import LayerWriter, OpenLayer
 from cloudlet.hypervisor.qemu.machine import (
     LAYOUT,
     MACHINE_TYPE,
@@ -26,8 +38,9 @@ from cloudlet.hypervisor.qemu.machine import (
     Backends,
     command_line,
 )
-from cloudlet.hypervisor.qemu.memory import coming_ram, writable_ram
+from cloudlet.hypervisor.qemu.memory import ComingRam, coming_ram, writable_ram
 from cloudlet.hypervisor.qemu.network import BoundPort, NetworkProcess, bind_ports, start_network
+from cloudlet.hypervisor.qemu.page_server import PageServer, ServedFile
 from cloudlet.hypervisor.qemu.qcow2 import Qcow2Writer
 from cloudlet.hypervisor.qemu.sockets import listen
 from cloudlet.hypervisor.records import (
@@ -60,6 +73,10 @@ class _Plan:
     optical: Path | None = None
     incoming: int | None = None
     base_uefi_vars: Path | None = None
+    layer: OpenLayer | None = None
+    layer_disk: int | None = None
+    early: bool = False
+    """Whether its RAM is a page server's file, of which the kernel must not read more than is touched."""
 
 
 class QemuHypervisor:
@@ -151,49 +168,71 @@ class QemuHypervisor:
         *,
         name: str = "",
         overlay_id: str = "",
+        layer: Layer | None = None,
     ) -> QemuIncoming:
         self.check(base.machine)
         with ExitStack() as on_error, ExitStack() as always:
             workspace, bound = self._begin(ports, on_error)
-            siblings = [
-                (record.owner, record.ram_descriptor)
-                for _, record in records(self._settings.instances_dir)
-                if record.base_id == base.base_id and record.owner and record.ram_descriptor
-            ]
-            ram = coming_ram(base.base_id, base.ram, siblings)
             until_started = on_error.enter_context(ExitStack())
-            until_started.callback(ram.close)
+            ram = self._ram(base, until_started, layer)
             disk = Qcow2Writer(workspace.path / DISK, base.machine.disk_bytes)
             on_error.callback(disk.close)
-            uefi_vars = None
-            if base.uefi_vars:
-                uefi_vars = workspace.path / UEFI_VARS
-                shutil.copyfile(base.uefi_vars, uefi_vars)
-            theirs, ours = os.pipe()
-            always.callback(os.close, theirs)
-            on_error.callback(os.close, ours)
-            plan = _Plan(
-                machine=base.machine, disk=workspace.path / DISK, disk_format="qcow2",
-                backing=base.disk, ram=ram.descriptor, ram_shared=False, kernel=base.kernel,
-                initrd=base.initrd, cmdline=base.cmdline, uefi_vars=uefi_vars, incoming=theirs,
-                base_uefi_vars=base.uefi_vars,
-            )  # fmt: skip
-            record = Record(
-                id=workspace.id,
-                name=name,
-                created=time.time(),
-                base_id=base.base_id,
-                overlay_id=overlay_id,
-            )
+            plan, ours = self._resumed(base, workspace, ram.descriptor, on_error, always)
+            if layer:
+                held = OpenLayer(layer)
+                on_error.callback(held.close)
+                plan = replace(plan, layer=held, layer_disk=held.disk)
+            record = _record(workspace, base, name, overlay_id)
             instance, network = self._start(plan, workspace, bound, record)
             until_started.pop_all()  # the RAM is the instance's now
             on_error.callback(instance.stop)
             on_error.callback(network.release)
             on_error.callback(ram.join)
-            firmware = self._firmware(base.machine)
+            target = Stream(instance, base, ours, self._firmware(base.machine))
             on_error.pop_all()
-            starting = Starting(instance, network, ram)
-            return QemuIncoming(instance, base, ours, disk, starting, firmware)
+            return QemuIncoming(instance, target, disk, Starting(instance, network, ram))
+
+    def early_obstacle(self) -> str:
+        return page_server.obstacle()
+
+    def resume_early(
+        self,
+        base: BaseImage,
+        layer: Layer,
+        wanted: Wanted,
+        ports: Sequence[PublishedPort] = (),
+        *,
+        name: str = "",
+        record_touched: bool = False,
+    ) -> QemuArriving:
+        self.check(base.machine)
+        with ExitStack() as on_error, ExitStack() as always:
+            workspace, bound = self._begin(ports, on_error)
+            with full_disk_is_capacity():
+                writer = LayerWriter(layer, base.machine)
+            on_error.callback(writer.close)
+            touched = workspace.path / "touched" if record_touched else None
+            server = self._page_server(base, workspace, writer, told_in_pages(wanted, writer), touched)
+            on_error.callback(server.stop)
+            self._empty_disk(workspace, base)
+            held = OpenLayer(layer)
+            on_error.callback(held.close)
+            mounted, layer_disk = server.descriptors
+            until_started = on_error.enter_context(ExitStack())
+            ram = os.dup(mounted)
+            until_started.callback(os.close, ram)
+            plan, ours = self._resumed(base, workspace, ram, on_error, always)
+            plan = replace(plan, layer=held, layer_disk=layer_disk, early=True)
+            record = _record(workspace, base, name, layer.overlay_id, server.process)
+            instance, network = self._start(plan, workspace, bound, record)
+            until_started.pop_all()
+            on_error.callback(instance.stop)
+            on_error.callback(network.release)
+            on_error.callback(server.stop)
+            target = Stream(instance, base, ours, self._firmware(base.machine))
+            on_error.pop_all()
+            starting = Starting(instance, network)
+            return QemuArriving(instance, target, writer, server, starting, touched)
 
     def instances(self) -> list[Instance]:
         """Adopted from their records; what needs the machine's size, such as a capture, needs its owner."""
@@ -217,6 +256,75 @@ class QemuHypervisor:
         on_error.callback(workspace.remove)
         return workspace, bound
 
+    def _ram(self, base: BaseImage, until_started: ExitStack, layer: Layer | None = None) -> ComingRam:
+        """The RAM that instances of a base, or of a base and a layer, share."""
+        siblings = [
+            (record.owner, record.ram_descriptor)
+            for _, record in records(self._settings.instances_dir)
+            if record.base_id == base.base_id and record.owner and record.ram_descriptor
+        ]
+        ram = coming_ram(base.base_id, base.ram, siblings, layer)
+        until_started.callback(ram.close)
+        return ram
+
+    def _resumed(
+        self, base: BaseImage, workspace: Workspace, ram: int, on_error: ExitStack, always: ExitStack
+    ) -> tuple[_Plan, int]:
+        """The plan of a machine that waits for a stream, and our end of its pipe."""
+        uefi_vars = None
+        if base.uefi_vars:
+            uefi_vars = workspace.path / UEFI_VARS
+            shutil.copyfile(base.uefi_vars, uefi_vars)
+        theirs, ours = os.pipe()
+        always.callback(os.close, theirs)
+        on_error.callback(os.close, ours)
+        plan = _Plan(
+            machine=base.machine, disk=workspace.path / DISK, disk_format="qcow2",
+            backing=base.disk, ram=ram, ram_shared=False, kernel=base.kernel,
+            initrd=base.initrd, cmdline=base.cmdline, uefi_vars=uefi_vars, incoming=theirs,
+            base_uefi_vars=base.uefi_vars,
+        )  # fmt: skip
+        return plan, ours
+
+    def _empty_disk(self, workspace: Workspace, base: BaseImage) -> None:
+        """The machine's own disk, on which nothing has been written."""
+        with full_disk_is_capacity():
+            disk = Qcow2Writer(workspace.path / DISK, base.machine.disk_bytes)
+            try:
+                disk.announce(np.empty(0, np.uint32))
+            finally:
+                disk.close()
+
+    def _page_server(
+        self,
+        base: BaseImage,
+        workspace: Workspace,
+        writer: LayerWriter,
+        wanted: page_server.Wanted,
+        touched: Path | None,
+    ) -> PageServer:
+        with ExitStack() as always:
+            ram = _open(always, base.ram, os.O_RDONLY)
+            log = _open(always, workspace.path / "pages.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            recorded = None
+            if touched:
+                recorded = _open(always, touched, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            of_ram, of_disk = writer.states()
+            files = (
+                ServedFile(base.machine.memory_bytes, writer.ram, ram, of_ram),
+                ServedFile(writer.disk_bytes, writer.disk, None, of_disk),
+            )
+            return PageServer.start(
+                workspace, files, wanted,
+                log_fd=log, uid=self._page_server_uid() if launch.runs_as_root() else None,
+                # Neighbours that are read along are not touched.
+                push_pages=0 if touched else page_server.PUSH_PAGES, touched=recorded,
+            )  # fmt: skip
+
+    def _page_server_uid(self) -> int:
+        # No machine's, so that none can do anything to it; they need not be kept from each other.
+        return self._settings.instance_uid_first + self._settings.instance_uid_count + 1
+
     def _start(
         self, plan: _Plan, workspace: Workspace, bound: list[BoundPort], record: Record
     ) -> tuple[QemuInstance, NetworkProcess]:
@@ -232,6 +340,7 @@ class QemuHypervisor:
                     "machine": plan.machine.to_json(),
                     "backing": str(plan.backing) if plan.backing else "",
                     "uefi_vars": str(plan.base_uefi_vars) if plan.base_uefi_vars else "",
+                    "layer": plan.layer is not None,
                 },
             )
             workspace.write(record)
@@ -247,11 +356,18 @@ class QemuHypervisor:
             binary, _ = launch.find_qemu(self._settings.qemu_binary)
             argv = command_line(binary, plan.machine, backends, workspace.id, run=plan.incoming is not None)
             confine = launch.confinement(record.uid, kvm=plan.machine.accelerator is Accelerator.KVM)
-            process = launch.start(argv, workspace, backends.descriptors(), confine)
+
+            def start() -> subprocess.Popen[bytes]:
+                return launch.start(argv, workspace, backends.descriptors(), confine)
+
+            process = without_hugepages(start) if plan.early else start()
             record = replace(record, machine=ProcessId.of(process.pid))
             workspace.write(record)
             on_error.pop_all()
-        return QemuInstance(workspace.path, record, plan.machine, workspace, process, plan.ram), network
+        instance = QemuInstance(
+            workspace.path, record, plan.machine, workspace, process, plan.ram, plan.layer
+        )
+        return instance, network
 
     def _backends(
         self, plan: _Plan, workspace: Workspace, always: ExitStack, *, network_end: int
@@ -281,6 +397,7 @@ class QemuHypervisor:
             uefi_vars=_open(always, plan.uefi_vars, os.O_RDWR) if uefi and plan.uefi_vars else None,
             optical=read(plan.optical),
             incoming=plan.incoming,
+            layer=plan.layer_disk,
         )
 
     def _firmware(self, machine: Machine) -> bytes:
@@ -302,6 +419,19 @@ class QemuHypervisor:
     def _kernels(self) -> list[Path]:
         ours = sorted(self._settings.bases_dir.glob("*/kernel"))
         return sorted(Path("/boot").glob("vmlinuz-*")) + ours
+
+
+def _record(
+    workspace: Workspace, base: BaseImage, name: str, overlay_id: str, pages: ProcessId | None = None
+) -> Record:
+    return Record(
+        id=workspace.id,
+        name=name,
+        created=time.time(),
+        base_id=base.base_id,
+        overlay_id=overlay_id,
+        pages=pages,
+    )
 
 
 def uefi_code() -> Path:

@@ -39,7 +39,7 @@ class Starting:
     QEMU needs longer for its own start than these do, and maps the memory file while it is being filled.
     """
 
-    def __init__(self, instance: QemuInstance, network: NetworkProcess, ram: ComingRam) -> None:
+    def __init__(self, instance: QemuInstance, network: NetworkProcess, ram: ComingRam | None = None) -> None:
         self._instance = instance
         self._network = network
         self._ram = ram
@@ -51,13 +51,15 @@ class Starting:
         :raises CapacityError: there is not enough memory.
         """
         wait_network(self._instance, self._network)
-        self._ram.wait()
+        if self._ram:
+            self._ram.wait()
         self.close()
 
     def close(self) -> None:
         """Hold nothing of them any more. Can be called again."""
         self._network.release()
-        self._ram.join()
+        if self._ram:
+            self._ram.join()
 
 
 def wait_network(instance: QemuInstance, network: NetworkProcess) -> None:
@@ -70,24 +72,14 @@ def wait_network(instance: QemuInstance, network: NetworkProcess) -> None:
         raise FailedError(f"QEMU did not start: {instance.last_words() or error}") from error
 
 
-class QemuIncoming:
-    """See :class:`cloudlet.hypervisor.driver.Incoming`."""
+class Stream:
+    """The migration stream of one QEMU that waits for it."""
 
-    def __init__(
-        self,
-        instance: QemuInstance,
-        base: BaseImage,
-        pipe: int,
-        disk: Qcow2Writer,
-        starting: Starting,
-        firmware: bytes = b"",
-    ) -> None:
-        self.instance = instance
+    def __init__(self, instance: QemuInstance, base: BaseImage, pipe: int, firmware: bytes) -> None:
         self.patience = _STALL_SECONDS
+        self._instance = instance
         self._base = base
         self._pipe = pipe
-        self._disk = disk
-        self._starting = starting
         self._firmware = firmware
         os.set_blocking(pipe, False)
         for size in _PIPE_BYTES:
@@ -95,47 +87,16 @@ class QemuIncoming:
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, size)
                 break
 
-    def begin(self, page_map: PageMap) -> None:
-        """Announce the pages that will come: the disk's tables are written now."""
-        self._starting.wait()
-        with _full_disk_is_capacity():
-            self._disk.announce(numbers_of(page_map.runs(Space.DISK)))
+    def open(self) -> None:
+        """Send all that comes before the first page."""
         machine = self._base.machine
-        self._send(stream.opening(machine.machine_type, machine.memory_bytes, self._firmware))
+        self.send(stream.opening(machine.machine_type, machine.memory_bytes, self._firmware))
 
-    def pages(self, batch: PageBatch) -> None:
-        """Load verified pages."""
-        if batch.space is Space.RAM:
-            self._send(stream.pages(batch.numbers, batch.data))
-        else:
-            with _full_disk_is_capacity():
-                self._disk.write(batch.numbers, batch.data)
+    def send(self, content: bytes | memoryview) -> None:
+        """Send some of the stream.
 
-    def finish(self, device_state: bytes) -> None:
-        """Load the devices; the machine runs when this returns.
-
-        :raises MismatchError: the device state is not one of the base's machine; QEMU has not seen it.
-        :raises FailedError: QEMU refused the device state.
+        :raises FailedError: QEMU ended, or takes nothing.
         """
-        sections.check_sections(device_state, self._base.sections)
-        self._disk.close()
-        self._send(stream.closing(device_state))
-        poller = select.poll()
-        poller.register(self._pipe, 0)  # only that the reader closed
-        if not poller.poll(self.patience * 1000):
-            raise FailedError(f"QEMU did not load the devices within {self.patience:.0f} s")
-        self._close()
-        if not self._was_taken():
-            raise self._refusal()
-
-    def abort(self) -> None:
-        """Give up: nothing of the instance is left."""
-        self._close()
-        self._disk.close()
-        self._starting.close()
-        self.instance.stop()
-
-    def _send(self, content: bytes | memoryview) -> None:
         view = memoryview(content)
         poller = select.poll()
         poller.register(self._pipe, select.POLLOUT)
@@ -146,7 +107,76 @@ class QemuIncoming:
                 if not poller.poll(self.patience * 1000):
                     raise FailedError(f"QEMU takes no memory for {self.patience:.0f} s") from None
             except BrokenPipeError:
-                raise self._refusal() from None
+                raise self.refusal() from None
+
+    def load_devices(self, device_state: bytes) -> None:
+        """Send the devices, and wait until QEMU has loaded them and closed its end.
+
+        :raises MismatchError: the device state is not one of the base's machine; QEMU has not seen it.
+        :raises FailedError: QEMU did not load it.
+        """
+        sections.check_sections(device_state, self._base.sections)
+        self.send(stream.closing(device_state))
+        poller = select.poll()
+        poller.register(self._pipe, 0)  # only that the reader closed
+        if not poller.poll(self.patience * 1000):
+            raise FailedError(f"QEMU did not load the devices within {self.patience:.0f} s")
+        self.close()
+
+    def refusal(self) -> FailedError:
+        """What QEMU said when it ended."""
+        self._instance.wait(2.0)
+        said = self._instance.last_words() or "it said nothing"
+        return FailedError(f"QEMU did not take the machine: {said}")
+
+    def close(self) -> None:
+        """Close our end. Can be called again."""
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+
+
+class QemuIncoming:
+    """See :class:`cloudlet.hypervisor.driver.Incoming`."""
+
+    def __init__(self, instance: QemuInstance, target: Stream, disk: Qcow2Writer, starting: Starting) -> None:
+        self.instance = instance
+        self.stream = target
+        self._disk = disk
+        self._starting = starting
+
+    def begin(self, page_map: PageMap) -> None:
+        """Announce the pages that will come: the disk's tables are written now."""
+        self._starting.wait()
+        with full_disk_is_capacity():
+            self._disk.announce(numbers_of(page_map.runs(Space.DISK)))
+        self.stream.open()
+
+    def pages(self, batch: PageBatch) -> None:
+        """Load verified pages."""
+        if batch.space is Space.RAM:
+            self.stream.send(stream.pages(batch.numbers, batch.data))
+        else:
+            with full_disk_is_capacity():
+                self._disk.write(batch.numbers, batch.data)
+
+    def finish(self, device_state: bytes) -> None:
+        """Load the devices; the machine runs when this returns.
+
+        :raises MismatchError: the device state is not one of the base's machine; QEMU has not seen it.
+        :raises FailedError: QEMU refused the device state.
+        """
+        self._disk.close()
+        self.stream.load_devices(device_state)
+        if not self._was_taken():
+            raise self.stream.refusal()
+
+    def abort(self) -> None:
+        """Give up: nothing of the instance is left."""
+        self.stream.close()
+        self._disk.close()
+        self._starting.close()
+        self.instance.stop()
 
     def _was_taken(self) -> bool:
         """Whether the machine lives: QEMU closes its end when it runs, but also when it is about to exit."""
@@ -155,19 +185,9 @@ class QemuIncoming:
         except FailedError:
             return False
 
-    def _refusal(self) -> FailedError:
-        self.instance.wait(2.0)
-        said = self.instance.last_words() or "it said nothing"
-        return FailedError(f"QEMU did not take the machine: {said}")
-
-    def _close(self) -> None:
-        if self._pipe >= 0:
-            os.close(self._pipe)
-            self._pipe = -1
-
 
 @contextlib.contextmanager
-def _full_disk_is_capacity() -> Iterator[None]:
+def full_disk_is_capacity() -> Iterator[None]:
     try:
         yield
     except OSError as error:

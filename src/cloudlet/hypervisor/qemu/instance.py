@@ -13,29 +13,30 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from cloudlet.errors import CloudletError, FailedError, RefusedError
-from cloudlet.hypervisor.driver import BaseCapture, Capture, RunState
-from cloudlet.hypervisor.qemu import changed, launch, ramblocks, sections, stream
+from cloudlet.errors import FailedError, RefusedError
+from cloudlet.hypervisor.driver import BaseCapture, Capture, Layer, RunState
+from cloudlet.hypervisor.qemu import capture, changed, launch, page_server, ramblocks, sections, stream
 from cloudlet.hypervisor.qemu.agent import QemuGuestAgent
+from cloudlet.hypervisor.qemu.layer import OpenLayer
 from cloudlet.hypervisor.qemu.monitor import Monitor
 from cloudlet.hypervisor.qemu.network import guest_accepts
-from cloudlet.hypervisor.qemu.qcow2 import changed_ranges
 from cloudlet.hypervisor.qemu.sockets import connect
 from cloudlet.hypervisor.records import ProcessId, Record, Workspace, cpu_seconds_of
-from cloudlet.model import PAGE_BYTES, Endpoint, Machine
+from cloudlet.model import Endpoint, Machine
 from cloudlet.overlay.limits import DEVICE_BYTES
-from cloudlet.overlay.pages import PageSource
-from cloudlet.sparse import copy_data, data_ranges
+from cloudlet.sparse import copy_data
 
 DISK = "disk.qcow2"
 UEFI_VARS = "uefi-vars.fd"
+RAM_PAGES, DISK_BLOCKS = "ram.pages", "disk.blocks"
+"""What a capture leaves in the instance's folder."""
 _ENDING_SECONDS = 2.0
+_ARRIVAL_SECONDS = 60.0
+"""Longest time without a page, for a capture that waits for them."""
+_LOOK_SECONDS = 0.05
 _STATES = {
     "running": RunState.RUNNING,
     "inmigrate": RunState.INCOMING,
@@ -54,6 +55,7 @@ class QemuInstance:
         workspace: Workspace | None = None,
         process: subprocess.Popen[bytes] | None = None,
         ram: int = -1,
+        layer: OpenLayer | None = None,
     ) -> None:
         self.directory = directory
         self.record = record
@@ -61,6 +63,7 @@ class QemuInstance:
         self._workspace = workspace
         self._process = process
         self._ram = ram
+        self._layer = layer
         self._monitor: Monitor | None = None
         self.fresh_blocks: ramblocks.Digests = {}
         """Memory besides the guest's RAM as it was before a machine that was booted ran."""
@@ -158,8 +161,8 @@ class QemuInstance:
         process = self._machine_process()
         self.monitor.execute("query-status")
         self._check_uefi_vars()
-        inode = self._ram_path().stat().st_ino
-        mapping = changed.find_mapping(process.pid, inode, self.machine.memory_bytes)
+        layer = self._whole_layer()
+        mapping = changed.find_mapping(process.pid, self._ram_path(), self.machine.memory_bytes)
         laps = _Laps()
         self.pause()
         laps("stop")
@@ -167,17 +170,19 @@ class QemuInstance:
         laps("device state")
         numbers = changed.private_pages(mapping)
         laps("page map")
-        ram = self._spool("ram.pages")
-        try:
+        with self._spool(RAM_PAGES) as ram:
             changed.read_pages(mapping, numbers, ram)
-        finally:
-            os.close(ram)
         laps("memory")
-        blocks = self._copy_disk()
+        with self._spool(DISK_BLOCKS) as spool:
+            disk, base = self.directory / DISK, Path(self.record.detail["backing"])
+            blocks = capture.copy_disk(disk, base, layer, self.machine.disk_bytes, spool)
         laps("disk")
+        if layer:
+            # What never changes can be fetched when the machine need not be waited for any more.
+            numbers = capture.add_layer(self.directory / RAM_PAGES, numbers, layer)
         return Capture(
-            ram=self._source("ram.pages", numbers),
-            disk=self._source("disk.blocks", blocks),
+            ram=capture.spooled(self.directory / RAM_PAGES, numbers),
+            disk=capture.spooled(self.directory / DISK_BLOCKS, blocks),
             device_state=state,
             sections=sections.read_sections(state),
             pause_seconds=sum(laps.seconds.values()),
@@ -190,25 +195,23 @@ class QemuInstance:
             return True
         poller = select.poll()
         with ExitStack() as stack:
-            for process in (self.record.machine, self.record.network):
-                if process:
-                    try:
-                        descriptor = os.pidfd_open(process.pid)
-                    except ProcessLookupError:
-                        return True
-                    stack.callback(os.close, descriptor)
-                    if not process.alive():
-                        return True
-                    poller.register(descriptor, select.POLLIN)
+            for process in self.record.processes:
+                try:
+                    descriptor = os.pidfd_open(process.pid)
+                except ProcessLookupError:
+                    return True
+                stack.callback(os.close, descriptor)
+                if not process.alive():
+                    return True
+                poller.register(descriptor, select.POLLIN)
             return bool(poller.poll(None if timeout is None else timeout * 1000))
 
     def stop(self) -> None:
         if self._monitor:
             self._monitor.close()
             self._monitor = None
-        for process in (self.record.machine, self.record.network):
-            if process:
-                process.kill()
+        for process in self.record.processes:
+            process.kill()
         try:
             if self._process:
                 self._process.wait(10.0)
@@ -218,6 +221,8 @@ class QemuInstance:
             if self._ram >= 0:
                 os.close(self._ram)
                 self._ram = -1
+            if self._layer:
+                self._layer.close()
             if self._workspace:
                 self._workspace.remove()
 
@@ -268,54 +273,36 @@ class QemuInstance:
             raise RefusedError(f"the device state has more than {DEVICE_BYTES} bytes")
         return stream.device_sections(saved)
 
-    def _copy_disk(self) -> np.ndarray[Any, Any]:
-        """Copy the changed blocks out of the instance's disk; their numbers, in order."""
-        numbers = []
-        spool = self._spool("disk.blocks")
-        disk = os.open(self.directory / DISK, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            end = 0
-            for start, length, offset in self._changed_ranges():
-                numbers.append(np.arange(start // PAGE_BYTES, (start + length) // PAGE_BYTES))
-                if offset is not None:
-                    _copy_range(disk, offset, spool, end, length)
-                end += length
-            os.ftruncate(spool, end)
-        finally:
-            os.close(disk)
-            os.close(spool)
-        return np.concatenate(numbers).astype(np.uint32) if numbers else np.empty(0, np.uint32)
+    def _whole_layer(self) -> Layer | None:
+        """The layer on which this machine stands, with all its pages: wait for those on their way.
 
-    def _changed_ranges(self) -> Iterator[tuple[int, int, int | None]]:
-        """The changed parts of the disk as :func:`changed_ranges` gives them, less what is zeros in the base.
-
-        A guest that trims its disk gives back all that is free, which is zeros in the base for the most part.
+        :raises FailedError: nothing came for a while, or only the machine's owner has the layer.
         """
-        base = os.open(self.record.detail["backing"], os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            for start, length, offset in changed_ranges(self.directory / DISK, self.machine.disk_bytes):
-                if offset is not None:
-                    yield start, length, offset
-                    continue
-                end = 0
-                for held, size in data_ranges(base, start, start + length):
-                    first, after = max(end, held // PAGE_BYTES), -(-(held + size) // PAGE_BYTES)
-                    if after > first:  # a file system may know smaller holes than a block
-                        yield first * PAGE_BYTES, (after - first) * PAGE_BYTES, None
-                    end = after
-        finally:
-            os.close(base)
+        if self._layer is None:
+            if self.record.detail.get("layer"):
+                raise FailedError(f"only the owner of instance {self.id} can capture it")
+            return None
+        last, since = -1, time.monotonic()
+        while (paging := page_server.read_progress(self.directory)) and not paging.complete:
+            if paging.missing != last:
+                last, since = paging.missing, time.monotonic()
+            elif time.monotonic() > since + _ARRIVAL_SECONDS:
+                raise FailedError(
+                    f"instance {self.id} cannot be captured: {paging.missing} of its pages do not come",
+                    hint="wait until its overlay has arrived",
+                )
+            if self.wait(_LOOK_SECONDS):
+                raise FailedError(f"instance {self.id} ended before its overlay had arrived")
+        return self._layer.layer
 
-    def _spool(self, name: str) -> int:
+    @contextmanager
+    def _spool(self, name: str) -> Iterator[int]:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        return os.open(self.directory / name, flags, 0o600)
-
-    def _source(self, name: str, numbers: np.ndarray[Any, Any]) -> PageSource:
-        path = self.directory / name
-        data: np.ndarray[Any, Any] = np.empty((0, PAGE_BYTES), np.uint8)
-        if len(numbers):
-            data = np.memmap(path, np.uint8, "r").reshape(-1, PAGE_BYTES)
-        return PageSource(numbers, data)
+        descriptor = os.open(self.directory / name, flags, 0o600)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
 
 class _Laps:
@@ -329,11 +316,3 @@ class _Laps:
         now = time.perf_counter()
         self.seconds[name] = now - self._last
         self._last = now
-
-
-def _copy_range(source: int, at: int, target: int, to: int, length: int) -> None:
-    while length:
-        count = os.copy_file_range(source, target, length, at, to)
-        if count == 0:
-            raise CloudletError("the instance's disk file ends before its tables say")
-        at, to, length = at + count, to + count, length - count

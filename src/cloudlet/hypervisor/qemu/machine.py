@@ -74,13 +74,15 @@ class Backends:
     uefi_vars: int | None = None
     optical: int | None = None
     incoming: int | None = None
+    layer: int | None = None
+    """The disk of an app's layer, between the machine's own and the base's."""
 
     def descriptors(self) -> list[int]:
         """All descriptors to be inherited."""
         numbers = (
             self.ram, self.disk, self.backing, self.network, self.monitor, self.agent, self.console,
             self.console_log, self.kernel, self.initrd, self.uefi_code, self.uefi_vars, self.optical,
-            self.incoming,
+            self.incoming, self.layer,
         )  # fmt: skip
         return [number for number in numbers if number is not None]
 
@@ -138,7 +140,11 @@ def _disk(backends: Backends) -> Iterator[str]:
     if backends.backing is not None:
         yield from _descriptor_set(backends.backing, 2)
         yield from ("-blockdev", _node("base0", "raw", 2) + ",read-only=on")
-        node += ",backing=base0"
+        node += f",backing={'base0' if backends.layer is None else 'app0'}"
+    if backends.layer is not None:
+        # By its number, not by a set: it may be a page server's file, which nobody has opened yet.
+        file = f"file.driver=file,file.filename=/proc/self/fd/{backends.layer},file.locking=off"
+        yield from ("-blockdev", f"driver=qcow2,node-name=app0,{file},read-only=on,backing=base0")
     boot_index = "" if backends.kernel is not None else ",bootindex=1"
     yield from ("-blockdev", node)
     yield from ("-device", f"virtio-blk-pci,id=disk0-card,drive=disk0,bus=pcie.0,addr=0x4{boot_index}")

@@ -1,4 +1,4 @@
-"""A base's RAM as one sealed memory file that all its instances map privately.
+"""The RAM of a base, or of a base and a layer, as one sealed memory file that its instances map privately.
 
 QEMU 7.2 insists on opening its memory file for writing, even for a private mapping, and a QEMU that
 was taken over could then change the base under every other instance. A memory file sealed against
@@ -13,11 +13,15 @@ import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 from cloudlet.errors import CapacityError, NotFoundError
+from cloudlet.hypervisor.driver import Layer
 from cloudlet.hypervisor.records import ProcessId
-from cloudlet.sparse import copy_data
+from cloudlet.model import PAGE_BYTES
+from cloudlet.overlay.pages import Space
+from cloudlet.sparse import copy_data, copy_range
 
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -68,26 +72,19 @@ class ComingRam:
             self._error = error
 
 
-def coming_ram(base_id: str, ram: Path, siblings: Iterable[tuple[ProcessId, int]]) -> ComingRam:
-    """The base's RAM as a sealed memory file, from a sibling or filled while the caller goes on.
+def coming_ram(
+    base_id: str, ram: Path, siblings: Iterable[tuple[ProcessId, int]], layer: Layer | None = None
+) -> ComingRam:
+    """RAM as a sealed memory file, from a sibling or filled while the caller goes on.
 
+    :param ram: the base's; the pages of ``layer`` replace some of it.
     :param siblings: running processes that may hold it, each with its number there.
     """
+    name = f"cloudlet-app-{layer.overlay_id[:32]}" if layer else f"cloudlet-base-{base_id[:32]}"
     for process, number in siblings:
-        if (descriptor := _take(base_id, process, number)) is not None:
+        if (descriptor := _take(name, process, number)) is not None:
             return ComingRam(descriptor)
-    return _filling(base_id, ram)
-
-
-def sealed_ram(base_id: str, ram: Path, siblings: Iterable[tuple[ProcessId, int]]) -> int:
-    """The same, when all of it is there; the caller closes the descriptor."""
-    coming = coming_ram(base_id, ram, siblings)
-    try:
-        coming.wait()
-    except BaseException:
-        coming.close()
-        raise
-    return coming.descriptor
+    return _filling(name, ram, layer)
 
 
 def is_sealed(descriptor: int) -> bool:
@@ -98,59 +95,58 @@ def is_sealed(descriptor: int) -> bool:
         return False
 
 
-def _take(base_id: str, process: ProcessId, number: int) -> int | None:
+def _take(name: str, process: ProcessId, number: int) -> int | None:
     try:
         # Of its owner, who keeps it: QEMU itself could have put anything under that number.
         path = Path(f"/proc/{process.pid}/fd/{number}")
-        if not _is_ram_of(path, base_id):
+        if not _is_called(path, name):
             return None
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return None
     ours = Path(f"/proc/self/fd/{descriptor}")
-    if process.alive() and _is_ram_of(ours, base_id) and is_sealed(descriptor):
+    if process.alive() and _is_called(ours, name) and is_sealed(descriptor):
         return descriptor
     os.close(descriptor)
     return None
 
 
-def _is_ram_of(descriptor: Path, base_id: str) -> bool:
-    return str(descriptor.readlink()).startswith(f"/memfd:{_name(base_id)} ")
+def _is_called(descriptor: Path, name: str) -> bool:
+    return str(descriptor.readlink()).startswith(f"/memfd:{name} ")
 
 
-def _filling(base_id: str, ram: Path) -> ComingRam:
-    try:
-        source = os.open(ram, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise NotFoundError(
-            f"the RAM of base {base_id[:12]} is missing: {ram}", hint="import or build the base again"
-        ) from error
-
-    def fill(target: int) -> None:
-        try:
-            copy_data(source, target)
-            fcntl.fcntl(target, fcntl.F_ADD_SEALS, _SEALS)
-        except OSError as error:
-            if error.errno in (errno.ENOMEM, errno.ENOSPC):
-                raise CapacityError(
-                    f"not enough memory for the RAM of base {base_id[:12]}",
-                    hint="stop an instance, or add memory",
+def _filling(name: str, ram: Path, layer: Layer | None) -> ComingRam:
+    with ExitStack() as on_error:
+        sources = []
+        for path in (ram, *((layer.ram,) if layer else ())):
+            try:
+                sources.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            except FileNotFoundError as error:
+                raise NotFoundError(
+                    f"a machine's RAM is missing: {path}", hint="import or build the base again"
                 ) from error
-            raise
-        finally:
-            os.close(source)
+            on_error.callback(os.close, sources[-1])
+        runs = layer.pages.runs(Space.RAM).tolist() if layer else []
 
-    target = -1
-    try:
-        target = os.memfd_create(_name(base_id), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(target, os.fstat(source).st_size)
-        return ComingRam(target, fill)
-    except BaseException:
-        os.close(source)
-        if target >= 0:
-            os.close(target)
-        raise
+        def fill(target: int) -> None:
+            try:
+                copy_data(sources[0], target)
+                for start, length in runs:
+                    copy_range(sources[1], target, start * PAGE_BYTES, length * PAGE_BYTES)
+                fcntl.fcntl(target, fcntl.F_ADD_SEALS, _SEALS)
+            except OSError as error:
+                if error.errno in (errno.ENOMEM, errno.ENOSPC):
+                    raise CapacityError(
+                        "not enough memory for a machine's RAM", hint="stop an instance, or add memory"
+                    ) from error
+                raise
+            finally:
+                for source in sources:
+                    os.close(source)
 
-
-def _name(base_id: str) -> str:
-    return f"cloudlet-base-{base_id[:32]}"
+        target = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        on_error.callback(os.close, target)
+        os.ftruncate(target, os.fstat(sources[0]).st_size)
+        coming = ComingRam(target, fill)
+        on_error.pop_all()
+        return coming

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import struct
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 from cloudlet.errors import CorruptError
 from cloudlet.model import PAGE_BYTES
 from cloudlet.overlay.pages import Numbers, Rows
-from cloudlet.sparse import write_at
+from cloudlet.sparse import write_at, write_rows
 
 _CLUSTER_BITS = 12
 _PER_TABLE = PAGE_BYTES // 8
@@ -82,14 +81,15 @@ class Qcow2Writer:
 
     def write(self, blocks: Numbers, data: Rows) -> None:
         """Write announced blocks (n) with their bytes (n, 4096)."""
-        places = self._first_data + np.searchsorted(self._blocks, blocks)
-        if not len(places):
-            return
-        order = np.argsort(places, kind="stable")
-        places, data = places[order], np.ascontiguousarray(data[order])
-        breaks = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
-        for start, end in pairwise(breaks):
-            write_at(self.descriptor, data[start:end].data.cast("B"), int(places[start]) * PAGE_BYTES)
+        write_rows(self.descriptor, self.places(blocks), data)
+
+    def places(self, blocks: Numbers) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """In which clusters of the file announced blocks are."""
+        return self._first_data + np.searchsorted(self._blocks, blocks)
+
+    def block_at(self, clusters: np.ndarray[Any, Any]) -> Numbers:
+        """Which announced blocks are in these clusters; clusters of tables are passed over."""
+        return np.asarray(self._blocks[clusters[clusters >= self._first_data] - self._first_data], np.uint32)
 
     def close(self) -> None:
         """Close the file. Can be called again."""
@@ -106,12 +106,17 @@ class Qcow2Writer:
         write_at(self.descriptor, memoryview(raw), cluster * PAGE_BYTES)
 
 
-def changed_ranges(path: Path, disk_bytes: int) -> list[tuple[int, int, int | None]]:
-    """What an instance's qcow2 file holds: (offset on the disk, length, offset in the file), in bytes.
+ZEROS = -1
+"""Stands for the place of a block that is in no file and reads as zeros."""
 
-    The third is None where the range reads as zeros. The machine is paused, so its tables are written.
-    They are read here and not by a tool: QEMU could have written anything there, and a tool would follow
-    a name of another file, or run for ever.
+
+def held_blocks(
+    path: Path, disk_bytes: int
+) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int64]]]:
+    """Which blocks an instance's qcow2 file holds, in order, and where in the file, in bytes (or `ZEROS`).
+
+    The machine is paused, so its tables are written. They are read here and not by a tool: QEMU could have
+    written anything there, and a tool would follow a name of another file, or run for ever.
 
     :raises CorruptError: the file is not what :class:`Qcow2Writer` made and QEMU filled.
     """
@@ -119,21 +124,13 @@ def changed_ranges(path: Path, disk_bytes: int) -> list[tuple[int, int, int | No
         root = _read_root(file.fileno(), disk_bytes)
         blocks, entries = _read_tables(file.fileno(), root)
         size = os.fstat(file.fileno()).st_size
-    if not len(blocks):
-        return []
     zero = (entries & _ZERO) != 0
-    offsets = np.where(zero, 0, entries & _OFFSET).astype(np.int64)
+    offsets = np.where(zero, ZEROS, entries & _OFFSET).astype(np.int64)
     if (entries & _COMPRESSED).any() or int(np.count_nonzero(~zero)) > _clusters(size):
         raise _changed("its blocks cannot be where it says")
-    if int(offsets.max()) > size:
+    if len(offsets) and int(offsets.max()) > size:
         raise _changed("it ends before its blocks")
-    apart = (np.diff(blocks) != 1) | (zero[1:] != zero[:-1])
-    apart |= ~zero[1:] & (np.diff(offsets) != PAGE_BYTES)
-    ranges = []
-    for first, after in pairwise([0, *(np.flatnonzero(apart) + 1).tolist(), len(blocks)]):
-        offset = None if zero[first] else int(offsets[first])
-        ranges.append((int(blocks[first]) * PAGE_BYTES, (after - first) * PAGE_BYTES, offset))
-    return ranges
+    return blocks, offsets
 
 
 def _read_root(descriptor: int, disk_bytes: int) -> np.ndarray[Any, np.dtype[np.uint64]]:

@@ -1,0 +1,233 @@
+"""A trial: what a resumed guest touches first, page by page, until it has answered and been warmed up.
+
+The trial does what every clone does (it resumes, answers, and gets its identity), and then what the
+publisher's ``warm-up`` commands ask of it, so that the first requests of real users find their pages at the
+front, too. It is made several times: with all pages there, and then with the pages coming in the order found,
+no faster than over a thin link, until that finds no more. A guest that has to wait does things that a quick
+one does not: its timers expire, its clients try again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from cloudlet.control import identity
+from cloudlet.control.readiness import guest_port, wait_ready
+from cloudlet.control.site import Site
+from cloudlet.errors import FailedError
+from cloudlet.hypervisor.driver import Arriving, Instance
+from cloudlet.hypervisor.records import MARKER, Workspace
+from cloudlet.model import PublishedPort, ReadinessKind
+from cloudlet.overlay.limits import FRAME_PAGES
+from cloudlet.overlay.pagemap import PageMap
+from cloudlet.overlay.pages import Numbers, PageBatch, PageSource, Space, runs_of
+from cloudlet.overlay.plan import Hot
+from cloudlet.overlay.root import App
+from cloudlet.store.bases import Base
+from cloudlet.store.images import layer_in
+
+READY_SECONDS = 120.0
+_GROUP_PAGES, _GROUP_SECONDS = 64, 0.04
+"""How the pages of a slow trial come: about as a frame of them over 10 Mbit/s."""
+_ASKED_SECONDS = 0.01
+"""How long a page takes that the guest waits for out of turn."""
+_SLOW_TRIALS, _FEW = 4, 0.01
+"""How often to try slowly at most: until a trial finds few pages that are new."""
+
+Page = tuple[Space, int]
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """Commands that use the app as its users will, run on this machine in ``folder``."""
+
+    commands: Sequence[str]
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What is tried: a capture that need not be packed yet, on its base."""
+
+    site: Site
+    base: Base
+    app: App
+    sources: Mapping[Space, PageSource]
+    device_state: bytes
+    warm_up: WarmUp
+
+    def order(self) -> Hot:
+        """The pages in the order in which they are needed; none that is the base's.
+
+        :raises RefusedError: this site's machines cannot be watched.
+        :raises FailedError: the app did not answer, or a warm-up command failed.
+        """
+        trials = [self._touched(None)]
+        for _ in range(_SLOW_TRIALS):
+            known = set().union(*trials)
+            trials.append(self._touched(_median_order(trials)))
+            if len(known.union(trials[-1])) - len(known) < len(known) * _FEW:
+                break
+        return _hot(_median_order(trials))
+
+    def _touched(self, order: Sequence[Page] | None) -> list[Page]:
+        """One trial: the overlay's pages in the order of first touch; they come slowly if in an ``order``."""
+        pages = PageMap(*(runs_of(self.sources[space].numbers) for space in (Space.RAM, Space.DISK)))
+        ports = _ports(self.app)
+        wanted: queue.SimpleQueue[Page | None] = queue.SimpleQueue()
+
+        def told(space: Space, numbers: Numbers) -> None:
+            for number in numbers.tolist():
+                wanted.put((space, number))
+
+        with self.site.images.workspace() as workspace:
+            layer = layer_in(workspace.path, "", pages)
+            incoming = self.site.hypervisor.resume_early(
+                self.base.image(), layer, told, ports, name=self.app.name, record_touched=True
+            )
+            try:
+                with self._slowly(incoming, order, wanted) if order else self._at_once(incoming):
+                    incoming.begin(pages)
+                    incoming.start(self.device_state)
+                    self._use(incoming.instance)
+                    touched = incoming.touched()
+            finally:
+                incoming.abort()
+        ours = {space: set(source.numbers.tolist()) for space, source in self.sources.items()}
+        return [(space, n) for space, numbers in touched for n in numbers.tolist() if n in ours[space]]
+
+    def _use(self, instance: Instance) -> None:
+        """What every clone does until it is ready, and what its first users do."""
+        if self.app.ready.kind is not ReadinessKind.SERIAL:
+            wait_ready(instance, self.app.ready, READY_SECONDS)
+        name = identity.host_name(self.app.name, instance.id)
+        identity.renew(instance.agent, self.base.description.guest, name)
+        run_here(self.site, self.warm_up.commands, self.warm_up.folder, _endpoints(instance), "warm-up")
+
+    @contextmanager
+    def _at_once(self, incoming: Arriving) -> Iterator[None]:
+        """All pages are there before the machine is."""
+        for space, source in self.sources.items():
+            for at in range(0, source.numbers.size, FRAME_PAGES):
+                batch = slice(at, at + FRAME_PAGES)
+                rows = np.ascontiguousarray(source.data[batch])
+                incoming.pages(PageBatch(space, source.numbers[batch], rows))
+        yield
+
+    @contextmanager
+    def _slowly(
+        self, incoming: Arriving, order: Sequence[Page], wanted: queue.SimpleQueue[Page | None]
+    ) -> Iterator[None]:
+        """The pages of the order come group by group, meanwhile; others only when they are waited for."""
+
+        def feed() -> None:
+            left = dict.fromkeys(order)
+            next_group = time.monotonic()
+            while True:
+                with suppress(queue.Empty):
+                    pause = max(0.0, next_group - time.monotonic()) if left else None
+                    page = wanted.get(timeout=pause)
+                    if page is None:
+                        return
+                    if page not in left:
+                        time.sleep(_ASKED_SECONDS)
+                        self._hand_over(incoming, [page])
+                    continue
+                group = list(islice(left, _GROUP_PAGES))
+                for page in group:
+                    del left[page]
+                self._hand_over(incoming, group)
+                next_group = time.monotonic() + _GROUP_SECONDS
+
+        thread = threading.Thread(target=feed, name="slow-link", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            wanted.put(None)
+            thread.join()
+
+    def _hand_over(self, incoming: Arriving, pages: Sequence[Page]) -> None:
+        for space, source in self.sources.items():
+            numbers = np.array([number for of, number in pages if of is space], np.uint32)
+            if numbers.size:
+                rows = source.data[np.searchsorted(source.numbers, numbers)]
+                incoming.pages(PageBatch(space, numbers, rows))
+
+
+def run_here(
+    site: Site, commands: Sequence[str], folder: Path, environment: Mapping[str, str], what: str
+) -> None:
+    """Run a recipe's commands on this machine; they belong to a workspace, so none outlives this.
+
+    :raises FailedError: one gave another status than 0.
+    """
+    with Workspace.create(site.settings.instances_dir, prefix=f"{what}-") as workspace:
+        for command in commands:
+            result = subprocess.run(
+                ["/bin/sh", "-ec", command],
+                cwd=folder,
+                env={**os.environ, MARKER: str(workspace.path), **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                check=False,
+                start_new_session=True,
+            )
+            if result.returncode:
+                tail = result.stdout.strip()[-500:]
+                raise FailedError(f"{what}: {command!r} gave {result.returncode}: {tail}")
+
+
+def _ports(app: App) -> list[PublishedPort]:
+    numbers = [port.port for port in app.ports]
+    if (asked := guest_port(app.ready)) is not None:
+        numbers.append(asked)
+    return [PublishedPort(number) for number in dict.fromkeys(numbers)]
+
+
+def _endpoints(instance: Instance) -> dict[str, str]:
+    """Where the app answers, for a warm-up: its first port, and each by its number in the guest."""
+    urls = {f"CLOUDLET_ENDPOINT_{endpoint.guest_port}": endpoint.url for endpoint in instance.endpoints}
+    if instance.endpoints:
+        urls["CLOUDLET_ENDPOINT"] = instance.endpoints[0].url
+    return urls
+
+
+def _median_order(trials: Sequence[Sequence[Page]]) -> list[Page]:
+    """All pages, by the median of their places in the trials: what few trials touched comes behind the rest."""
+    places: dict[Page, list[int]] = {}
+    for touched in trials:
+        for place, page in enumerate(touched):
+            places.setdefault(page, []).append(place)
+
+    def median(page: Page) -> tuple[float, int]:
+        found = sorted(places[page])
+        half = len(trials) // 2
+        return (found[half] if half < len(found) else math.inf), found[0]
+
+    return sorted(places, key=median)
+
+
+def _hot(order: Sequence[Page]) -> Hot:
+    """An order as stretches of one space."""
+    stretches: list[tuple[Space, list[int]]] = []
+    for space, number in order:
+        if not stretches or stretches[-1][0] is not space:
+            stretches.append((space, []))
+        stretches[-1][1].append(number)
+    return [(space, np.array(numbers, np.uint32)) for space, numbers in stretches]

@@ -1,0 +1,125 @@
+"""What a paused instance has made of its base, copied to files of its own: pages of RAM, blocks of the disk.
+
+An instance stands on its base, and, where it was started from an app's image, on a layer of the app's
+pages between them (:class:`~cloudlet.hypervisor.driver.Layer`). The kernel and QEMU's disk tell only what
+the guest has written since. So what it never wrote but the layer brings is added from the layer's files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cloudlet.errors import CloudletError
+from cloudlet.hypervisor.driver import Layer
+from cloudlet.hypervisor.qemu.qcow2 import ZEROS, held_blocks
+from cloudlet.model import PAGE_BYTES
+from cloudlet.overlay.pages import Numbers, PageSource, Space, numbers_of, runs_of
+from cloudlet.sparse import data_ranges
+
+Offsets = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def add_layer(path: Path, private: Numbers, layer: Layer) -> Numbers:
+    """Add the layer's pages of RAM to the file of private pages, each page in the order of its number.
+
+    :param path: the pages ``private``, one after the other; replaced by a file of all pages.
+    :return: the numbers of all pages.
+    """
+    brought = numbers_of(layer.pages.runs(Space.RAM))
+    brought = brought[~np.isin(brought, private, assume_unique=True)]
+    numbers = np.union1d(private, brought).astype(np.uint32)
+    whole = path.with_suffix(".whole")
+    with ExitStack() as files:
+        source, pages = (os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in (path, layer.ram))
+        files.callback(os.close, source)
+        files.callback(os.close, pages)
+        target = os.open(whole, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        files.callback(os.close, target)
+        os.ftruncate(target, len(numbers) * PAGE_BYTES)
+        own = np.arange(len(private), dtype=np.int64)
+        for descriptor, held, places in ((source, private, own), (pages, brought, brought.astype(np.int64))):
+            _copy_pages(descriptor, places, target, np.searchsorted(numbers, held))
+    whole.replace(path)
+    return numbers
+
+
+def copy_disk(disk: Path, base: Path, layer: Layer | None, disk_bytes: int, target: int) -> Numbers:
+    """Copy the changed blocks of a disk, in order, to the file ``target``; their numbers.
+
+    A block that is zeros and was zeros in the base is passed over: a guest that trims its disk gives back
+    all that is free.
+    """
+    blocks, offsets = held_blocks(disk, disk_bytes)
+    under = np.empty(0, np.int64)
+    with ExitStack() as files:
+        descriptors = [_open(files, disk)]
+        sources = np.zeros(len(blocks), np.int8)
+        if layer:
+            under, places = held_blocks(layer.disk, disk_bytes)
+            added = ~np.isin(under, blocks, assume_unique=True)
+            descriptors.append(_open(files, layer.disk))
+            sources = np.concatenate((sources, np.ones(np.count_nonzero(added), np.int8)))
+            blocks = np.concatenate((blocks, under[added]))
+            offsets = np.concatenate((offsets, places[added]))
+            order = np.argsort(blocks)
+            blocks, offsets, sources = blocks[order], offsets[order], sources[order]
+        kept = (offsets != ZEROS) | np.isin(blocks, under, assume_unique=True)
+        kept |= _filled_in(_open(files, base), blocks, ~kept)
+        blocks, offsets, sources = blocks[kept], offsets[kept], sources[kept]
+        os.ftruncate(target, len(blocks) * PAGE_BYTES)
+        rows = np.arange(len(blocks))
+        for number, descriptor in enumerate(descriptors):
+            mine = (sources == number) & (offsets != ZEROS)
+            _copy_pages(descriptor, offsets[mine] // PAGE_BYTES, target, rows[mine])
+    return np.asarray(blocks, np.uint32)
+
+
+def spooled(path: Path, numbers: Numbers) -> PageSource:
+    """Pages that stand one after the other in a file."""
+    if not len(numbers):
+        return PageSource.empty()
+    return PageSource(numbers, np.memmap(path, np.uint8, "r").reshape(-1, PAGE_BYTES))
+
+
+def _filled_in(
+    base: int, blocks: Offsets, asked: np.ndarray[Any, np.dtype[np.bool_]]
+) -> np.ndarray[Any, Any]:
+    """Which of the blocks ``asked`` hold data in the base; a file system may know smaller holes."""
+    filled = np.zeros(len(blocks), np.bool_)
+    for start, length in runs_of(blocks[asked].astype(np.uint32)).tolist():
+        first = int(np.searchsorted(blocks, start))
+        for held, size in data_ranges(base, start * PAGE_BYTES, (start + length) * PAGE_BYTES):
+            low, high = held // PAGE_BYTES - start, -(-(held + size) // PAGE_BYTES) - start
+            filled[first + low : first + high] = True
+    return filled
+
+
+def _copy_pages(source: int, places: Offsets, target: int, rows: np.ndarray[Any, Any]) -> None:
+    """Copy pages at ``places`` of a file to ``rows`` of another; neighbours in both with one call."""
+    for first, after in _stretches(places, rows):
+        at, to = int(places[first]) * PAGE_BYTES, int(rows[first]) * PAGE_BYTES
+        left = (after - first) * PAGE_BYTES
+        while left:
+            count = os.copy_file_range(source, target, left, at, to)
+            if count == 0:
+                raise CloudletError("a file of the instance ends before its tables say")
+            at, to, left = at + count, to + count, left - count
+
+
+def _stretches(places: Offsets, rows: np.ndarray[Any, Any]) -> Iterator[tuple[int, int]]:
+    if len(places):
+        apart = (np.diff(places) != 1) | (np.diff(rows) != 1)
+        yield from pairwise([0, *(np.flatnonzero(apart) + 1).tolist(), len(places)])
+
+
+def _open(files: ExitStack, path: Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    files.callback(os.close, descriptor)
+    return descriptor

@@ -95,7 +95,7 @@ class LimitError(IntegrityError):
 
 
 class VersionError(IntegrityError):
-    """The format is of a later version than this program reads."""
+    """The format is of another version than this program reads."""
 
     usual_hint = "use a newer Cloudlet, or ask for it in this version"
 

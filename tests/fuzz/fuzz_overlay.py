@@ -1,10 +1,11 @@
-"""Throws damaged and forged overlays at the reader: each must be refused cleanly or applied rightly.
+"""Throws damaged and forged overlays at the readers: each must be refused cleanly or applied rightly.
 
     python tests/fuzz/fuzz_overlay.py --runs 100000 [--seed 1]
 
 An input is a short program of bytes that picks a sound overlay and damages it: anywhere in the file,
 or inside a frame or the root with all digests and sums made right again, so that the checks behind
-them are reached too. With atheris (``pip install atheris``) the programs are guided by coverage,
+them are reached too. What ``apply`` says of it, an ``Arrival`` must say that gets the same parts, in file
+order and in a random one. With atheris (``pip install atheris``) the programs are guided by coverage,
 without it they are random and the address space is limited. A failure prints its program;
 ``--program HEX`` runs it again.
 """
@@ -17,8 +18,10 @@ import random
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
@@ -30,10 +33,12 @@ except ImportError:
 
 if atheris is not None:
     with atheris.instrument_imports(include=["cloudlet.overlay"]):
-        import cloudlet.overlay.apply  # noqa: F401
+        import cloudlet.overlay.apply
+        import cloudlet.overlay.arrival  # noqa: F401
 
 import numpy as np
 from tests.unit.overlay.forge import Forged
+from tests.unit.overlay.guest import Guest, guest_of
 from tests.unit.overlay.world import Rebuilt, World, noise, page, unsigned
 
 from cloudlet.errors import IntegrityError
@@ -62,11 +67,19 @@ VALUES = (
 
 
 def seeds(world: World) -> list[bytes]:
-    """Sound overlays: of nothing, of every operation, of many frames with a hot prefix."""
+    """Sound overlays: of nothing, of every operation with a hot prefix, of what does not compress, and of
+    many small frames, of which six are hot and refer to each other.
+    """
     zero = np.zeros(4096, np.uint8)
     mixed = {0: zero, 1: page(1), 2: page(1), 3: page(1050), 4: page(2001), 70: page(2), 90: page(1)}
     hot = [(Space.RAM, np.array([70, 2], np.uint32))]
+    with mock.patch("cloudlet.overlay.plan.FRAME_PAGES_WRITTEN", 2):
+        touched = [(space, np.array([8, 3, 6, 1, 9, 2], np.uint32)) for space in Space]
+        many = world.create(
+            {i: page(i % 5 + 1) for i in range(20)}, {i: page(i) for i in range(12)}, hot=touched
+        )
     return [
+        many[0],
         world.create()[0],
         world.create(mixed, {5: page(4), 6: page(1003), 50: page(2)}, hot=hot)[0],
         world.create(dict(enumerate(noise(3))), {9: page(9)})[0],
@@ -90,6 +103,17 @@ class Program:
         return int.from_bytes(piece, "little") % max(below, 1)
 
 
+def in_any_order(guest: Guest, order: random.Random) -> None:
+    """Frames in any order, each with its chunk; now and then somebody waits for a page."""
+    numbers = list(range(len(guest.table)))
+    order.shuffle(numbers)
+    for number in numbers:
+        if not order.randrange(3):
+            guest.ask(order.choice(tuple(Space)), order.randrange(100))
+        while part := guest.arrival.part_of_frame(number):
+            guest.take(part)
+
+
 class Target:
     """The overlays that are damaged, and what sound ones give."""
 
@@ -107,20 +131,38 @@ class Target:
         self.runs += 1
         program = Program(data)
         which = program.number(len(self.sound))
-        damage = (self._anywhere, self._in_frame, self._in_root, self._frames)[program.number(4)]
-        bad = damage(which, program)
+        damages = (self._anywhere, self._in_frame, self._in_root, self._frames, self._hot_frames)
+        bad = damages[program.number(len(damages))](which, program)
         if bad is None:
             return
+        whole = self._applied(bad, 1 + program.number(5000))
+        self._arrives(bad, whole, Guest.rest)
+        self._arrives(bad, whole, lambda guest: in_any_order(guest, random.Random(data)))
+        self.refused += whole is None
+
+    def _applied(self, bad: bytes, piece: int) -> Rebuilt | None:
+        """What ``apply`` makes of a stream that gives so many bytes at a time; ``None`` if it refuses it."""
         sink = Rebuilt(self.world)
         try:
-            apply(unsigned(bad, 1 + program.number(5000)), self.world.base, sink)
+            apply(unsigned(bad, piece), self.world.base, sink)
         except IntegrityError:
-            self.refused += 1
             assert sink.device is None, "finished although refused"
-            return
+            return None
         for space in Space:
             assert sorted(sink.came[space]) == sorted(sink.announced[space]), "not every page came once"
         verify_only(unsigned(bad))
+        return sink
+
+    def _arrives(self, bad: bytes, whole: Rebuilt | None, bring: Callable[[Guest], None]) -> None:
+        try:
+            with guest_of(self.world, bad) as guest:
+                bring(guest)
+                # Who fetches parts by their place never sees what stands behind the last.
+                assert whole or len(bad) > guest.size, "refused as a stream, but it arrived"
+                if whole:
+                    guest.check(whole)
+        except IntegrityError:
+            assert whole is None, "applied as a stream, but refused as it arrived"
 
     def _anywhere(self, which: int, program: Program) -> bytes:
         bad = bytearray(self.sound[which])
@@ -170,6 +212,19 @@ class Target:
                     cut = bytearray(frames[one][1])
                     cut[program.number(len(cut))] ^= 1 << program.number(8)
                     forged.set_blob(one, bytes(cut))
+        return forged.data()
+
+    def _hot_frames(self, which: int, program: Program) -> bytes | None:
+        """Hot pages change places in the map's list of their frames."""
+        forged = self._copy(which)
+        raw = forged.raw(0)
+        pages = sum(entry.pages for entry in forged.root.hot_frames)
+        names = np.frombuffer(raw, "<u2", offset=len(raw) - 2 * pages)
+        for _ in range(1 + program.number(4)):
+            if pages:
+                pair = [program.number(pages), program.number(pages)]
+                names[pair] = names[pair[::-1]]
+        forged.set_raw(0, raw)
         return forged.data()
 
     def _in_root(self, which: int, program: Program) -> bytes | None:

@@ -84,7 +84,8 @@ class Trial:
 
     def _touched(self, order: Sequence[Page] | None) -> list[Page]:
         """One trial: the overlay's pages in the order of first touch; they come slowly if in an ``order``."""
-        pages = PageMap(*(runs_of(self.sources[space].numbers) for space in (Space.RAM, Space.DISK)))
+        ram, disk = (runs_of(self.sources[space].numbers) for space in (Space.RAM, Space.DISK))
+        pages = PageMap(ram, disk)
         ports = _ports(self.app)
         wanted: queue.SimpleQueue[Page | None] = queue.SimpleQueue()
 

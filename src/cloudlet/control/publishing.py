@@ -41,7 +41,7 @@ from cloudlet.store.bases import Base
 COMMAND_SECONDS = 1800.0
 READY_SECONDS = 600.0
 QUIET = "/usr/lib/cloudlet/quiet"
-_QUIET_BY_HAND = "sync; fstrim -a 2>/dev/null; sync; echo 3 > /proc/sys/vm/drop_caches; exit 0"
+_QUIET_BY_HAND = "sync; fstrim -a 2>/dev/null; sync; echo 3 > /proc/sys/vm/drop_caches; sleep 1; exit 0"
 _MOUNT = "/run/cloudlet-media"
 _MOUNT_COMMANDS = (
     f"mkdir -p {_MOUNT}",

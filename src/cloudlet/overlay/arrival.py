@@ -8,7 +8,7 @@ writes no page anywhere and belongs to one thread at a time.
 
 Every check of ``apply`` is made here too, part by part, and what was built before an error stands.
 
-Memory: the map's 12 bytes for each run, one byte for each page that comes and one for each literal, 4
+Memory: the map's 12 bytes for each run, one byte for each page that comes and one for each literal, 6
 bytes for each hot page, 12 for each page that waits, 350 for each frame whose table has come, and what
 one call gives out. The literals themselves are in the caller's file.
 """
@@ -30,7 +30,7 @@ from cloudlet.overlay.header import Header
 from cloudlet.overlay.limits import FRAME_PAGES
 from cloudlet.overlay.pagemap import Coverage, PageMap
 from cloudlet.overlay.pages import PageBatch, Rows, Space
-from cloudlet.overlay.plan import ColdOrder
+from cloudlet.overlay.plan import FrameOrder
 from cloudlet.overlay.root import Root
 from cloudlet.overlay.table import FrameTable, Place
 from cloudlet.overlay.waiting import Waiting
@@ -80,11 +80,12 @@ class Arrival:
         self._base = base
         self._table = FrameTable(header, root)
         self._listed = len(root.listed_frames)
+        self._first_hot = self._listed - len(root.hot_frames)
         self._taken = bytearray(root.totals.frames)
         self._raw: dict[int, bytes] = {}
         self._before_map: list[tuple[int, bytes]] = []
         self._coverage: dict[Space, Coverage] = {}
-        self._order: ColdOrder | None = None
+        self._order: FrameOrder | None = None
         self._as_expected = True
         self._literals = LiteralSpool(root.totals.literals, literals)
         self._here: NDArray[np.bool_] = np.zeros(root.totals.literals, np.bool_)
@@ -139,12 +140,13 @@ class Arrival:
     def needed(self, space: Space, page: int) -> list[Part]:
         """The parts to fetch now so that a page can be built; once they were taken, ask again.
 
-        An index chunk where it must tell more; else the frame that is expected to bring the page; else, when
-        that is here, those of the literals that the page waits for. At most six parts until it is built.
+        An index chunk where it must tell more; else the frame that is expected to bring the page, which for a
+        hot page is the one that the map names; else, when that is here, those of the literals that the page
+        waits for. At most six parts until it is built.
 
         Empty when the page is built or not in the map, and when there is nothing better than to go on in
-        file order: the map is not here, the page is hot and so on its way, the frames are not in the expected
-        order, or very many pages wait.
+        file order: the map is not here, the frame that it names was taken and did not bring the page, the
+        cold frames are not in the expected order, or very many pages wait.
         """
         order, rank = self._order, self._rank(space, page)
         if order is None or rank is None or self._waiting_pages > MOST_WAITING:
@@ -153,9 +155,10 @@ class Arrival:
         if coverage.has_come(rank):
             missing = [x for x in sorted(self._waiting[space].literals_of(page)) if not self._here[x]]
             return list(dict.fromkeys(map(self._part_of_literal, missing)))
-        if coverage.is_hot(rank) or not self._as_expected:
-            return []
-        return [self._part_of_page(order.nth(space, rank))]
+        if coverage.is_hot(rank):
+            frame = self._first_hot + order.hot_frame(space, rank)
+            return [] if self._taken[frame] else [self._frame(frame)]
+        return [self._part_of_page(order.nth(space, rank))] if self._as_expected else []
 
     def is_built(self, space: Space, page: int) -> bool:
         """Whether a page is there: built, or the base's."""
@@ -206,7 +209,7 @@ class Arrival:
             return []
         self.page_map = PageMap.decode(content, self._root)
         self._coverage = {space: Coverage(self.page_map, space) for space in Space}
-        self._order = ColdOrder(self._coverage)
+        self._order = FrameOrder(self.page_map, self._coverage)
         frames, self._before_map = self._before_map, []
         # Each is decoded into the same room, so these are copied.
         return [

@@ -25,9 +25,9 @@ from cloudlet.overlay.header import Header
 from cloudlet.overlay.index import PageIndex
 from cloudlet.overlay.limits import CHUNK_FRAMES, DEVICE_BYTES, FRAME_BYTES, FRAME_PAGES, MAP_BYTES
 from cloudlet.overlay.pagemap import PageMap
-from cloudlet.overlay.pages import PageSource, Positions, Space, runs_of
+from cloudlet.overlay.pages import PageSource, Positions, Runs, Space, runs_of
 from cloudlet.overlay.payload import Operation
-from cloudlet.overlay.plan import FramePlan, Hot, changed_positions
+from cloudlet.overlay.plan import HOT_LEVEL, FramePlan, Hot, changed_positions
 from cloudlet.overlay.reader import Progress
 from cloudlet.overlay.root import App, DeviceSection, Root, Totals, check_machines
 from cloudlet.overlay.sign import Sign, write_head
@@ -139,10 +139,10 @@ def _encode(
     progress: Progress | None,
     report: CreateReport,
 ) -> _Parts:
-    packer = Packer(level)
+    packer, hot_packer = Packer(level), Packer(max(level, HOT_LEVEL))
     plan = FramePlan.make(sources, changed, hot)
-    maps = _pack_whole(packer, FrameKind.MAP, _page_map(sources, changed, plan).encode(), MAP_BYTES)
-    devices = _pack_whole(packer, FrameKind.DEVICE, description.device_state, DEVICE_BYTES)
+    maps = _pack_whole(hot_packer, FrameKind.MAP, _page_map(sources, changed, plan).encode(), MAP_BYTES)
+    devices = _pack_whole(hot_packer, FrameKind.DEVICE, description.device_state, DEVICE_BYTES)
     encoder = PageEncoder(base, index)
     entries: list[FrameEntry] = []
     done, total = 0, sum(positions.size for positions in changed.values())
@@ -150,7 +150,8 @@ def _encode(
         rows = np.ascontiguousarray(sources[space].data[positions])
         payload = encoder.encode(space, sources[space].numbers[positions], rows)
         raw = payload.encode().data
-        entry, blob = packer.pack(FrameKind(space), raw, positions.size, len(payload.literals))
+        fitting = hot_packer if len(entries) < len(plan.hot) else packer
+        entry, blob = fitting.pack(FrameKind(space), raw, positions.size, len(payload.literals))
         spool.write(blob)
         entries.append(entry)
         counts = np.bincount(payload.operations, minlength=len(Operation)).tolist()
@@ -171,10 +172,16 @@ def _encode(
 def _page_map(
     sources: Mapping[Space, PageSource], changed: Mapping[Space, Positions], plan: FramePlan
 ) -> PageMap:
-    spaces = (Space.RAM, Space.DISK)
+    def runs(space: Space, positions: Positions) -> Runs:
+        return runs_of(sources[space].numbers[positions])
+
+    (hot_ram, ram_frames), (hot_disk, disk_frames) = map(plan.hot_positions, (Space.RAM, Space.DISK))
     return PageMap(
-        *(runs_of(sources[space].numbers[changed[space]]) for space in spaces),
-        *(runs_of(sources[space].numbers[plan.hot_positions(space)]) for space in spaces),
+        ram=runs(Space.RAM, changed[Space.RAM]),
+        disk=runs(Space.DISK, changed[Space.DISK]),
+        hot_ram=runs(Space.RAM, hot_ram),
+        hot_disk=runs(Space.DISK, hot_disk),
+        hot_frames=np.concatenate((ram_frames, disk_frames)),
     )
 
 

@@ -1,6 +1,8 @@
-"""The map: which pages an overlay brings and which of them are hot, and the count that each comes once.
+"""The map: which pages an overlay brings, which of them are hot and in which frame, and the count that
+each comes once.
 
-Memory: 12 bytes per run and one byte per page that the overlay brings, whatever the machine's size.
+Memory: 12 bytes per run, one byte per page that the overlay brings and two per hot page, whatever the
+machine's size.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ def _none() -> Runs:
     return np.empty((0, 2), np.uint32)
 
 
+def _no_frames() -> NDArray[np.uint16]:
+    return np.empty(0, np.uint16)
+
+
 @dataclass(frozen=True, slots=True)
 class PageMap:
     """Runs of the pages that come, and of those that come with the hot frames; each sorted, neither touching
@@ -34,11 +40,13 @@ class PageMap:
     disk: Runs
     hot_ram: Runs = field(default_factory=_none)
     hot_disk: Runs = field(default_factory=_none)
+    hot_frames: NDArray[np.uint16] = field(default_factory=_no_frames)
+    """For each hot page, those of RAM first and in order, which of the hot frames brings it, from 0."""
 
     def encode(self) -> bytes:
         tables = (self.ram, self.disk, self.hot_ram, self.hot_disk)
         pairs = np.concatenate(tables).astype("<u4")
-        return _HEAD.pack(*map(len, tables)) + pairs.tobytes()
+        return _HEAD.pack(*map(len, tables)) + pairs.tobytes() + self.hot_frames.astype("<u2").tobytes()
 
     @classmethod
     def decode(cls, raw: bytes, root: Root) -> Self:
@@ -49,19 +57,27 @@ class PageMap:
         if len(raw) < _HEAD.size:
             raise CorruptError("the map ends before its first run")
         counts = _HEAD.unpack_from(raw)
-        if len(raw) != _HEAD.size + 8 * sum(counts):
-            raise CorruptError(f"the map counts {sum(counts)} runs, which do not fit its {len(raw)} bytes")
-        pairs = np.frombuffer(raw, "<u4", offset=_HEAD.size).reshape(-1, 2)
-        page_map = cls(*np.split(pairs, np.cumsum(counts[:-1])))
+        hot_pages = sum(entry.pages for entry in root.hot_frames)
+        if len(raw) != _HEAD.size + 8 * sum(counts) + 2 * hot_pages:
+            raise CorruptError(
+                f"the map counts {sum(counts)} runs and {hot_pages} hot pages, "
+                f"which do not fit its {len(raw)} bytes"
+            )
+        pairs = np.frombuffer(raw, "<u4", 2 * sum(counts), _HEAD.size).reshape(-1, 2)
+        hot_frames = np.frombuffer(raw, "<u2", hot_pages, len(raw) - 2 * hot_pages)
+        ram, disk, hot_ram, hot_disk = np.split(pairs, np.cumsum(counts[:-1]))
+        page_map = cls(ram, disk, hot_ram, hot_disk, hot_frames)
         for space, most, declared in (
             (Space.RAM, root.machine.ram_pages, root.totals.ram_pages),
             (Space.DISK, root.machine.disk_blocks, root.totals.disk_pages),
         ):
-            hot = sum(entry.pages for entry in root.hot_frames if entry.kind.space is space)
+            hot = [entry.pages if entry.kind.space is space else 0 for entry in root.hot_frames]
             _check(page_map.runs(space), most, declared, space.label)
-            _check(page_map.hot_runs(space), most, hot, f"hot {space.label}")
+            _check(page_map.hot_runs(space), most, sum(hot), f"hot {space.label}")
             if not _within(page_map.hot_runs(space), page_map.runs(space)):
                 raise CorruptError(f"the map calls a {space.label} hot that does not come")
+            if np.bincount(page_map.frames_of_hot(space), minlength=len(hot)).tolist() != hot:
+                raise CorruptError(f"the map gives a hot frame other {space.label}s than the root says")
         return page_map
 
     def runs(self, space: Space) -> Runs:
@@ -69,6 +85,11 @@ class PageMap:
 
     def hot_runs(self, space: Space) -> Runs:
         return self.hot_ram if space is Space.RAM else self.hot_disk
+
+    def frames_of_hot(self, space: Space) -> NDArray[np.uint16]:
+        """The hot frames of a space's hot pages, in order."""
+        of_ram = int(self.hot_ram[:, 1].sum())
+        return self.hot_frames[:of_ram] if space is Space.RAM else self.hot_frames[of_ram:]
 
 
 def _check(runs: Runs, most: int, declared: int, what: str) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from random import Random
 
 import numpy as np
@@ -18,35 +19,42 @@ from .world import APP, MACHINE, SECTIONS
 
 SETS = st.sets(st.integers(0, 63), max_size=40)
 Pairs = list[tuple[int, int]]
+RAM, DISK = FrameKind.RAM, FrameKind.DISK
 
 
 def numbers(*members: int) -> np.ndarray:
     return np.array(sorted(members), np.uint32)
 
 
-def root(ram: int, disk: int, hot_ram: int = 0, hot_disk: int = 0) -> Root:
-    """A root that declares so many pages; only what the map is held against is as it should be."""
-    hot = tuple(
-        FrameEntry(kind, 1, payload_bytes(pages, 0, 0), pages, 0, bytes(32))
-        for kind, pages in ((FrameKind.RAM, hot_ram), (FrameKind.DISK, hot_disk))
-    )
+def root(ram: int, disk: int, *hot: tuple[FrameKind, int]) -> Root:
+    """A root that declares so many pages, and hot frames of a kind and of so many pages; only what the map is
+    held against is as it should be.
+    """
+    entries = tuple(FrameEntry(k, 1, payload_bytes(pages, 0, 0), pages, 0, bytes(32)) for k, pages in hot)
     totals = Totals(0, disk, 0, 0, ram)
-    return Root(APP, "ab" * 32, "2026-11-24T23:00:00Z", SECTIONS, MACHINE, (), (), hot, (), totals)
+    return Root(APP, "ab" * 32, "2026-11-24T23:00:00Z", SECTIONS, MACHINE, (), (), entries, (), totals)
 
 
 @given(SETS, SETS, st.randoms(use_true_random=False))
 def test_it_reads_what_it_writes(ram: set[int], disk: set[int], random: Random) -> None:
+    """Hot pages are in any of six frames, of RAM and of the disk by turns."""
     hot_ram, hot_disk = ({n for n in sorted(all_) if random.random() < 0.5} for all_ in (ram, disk))
-    page_map = PageMap(*(runs_of(numbers(*members)) for members in (ram, disk, hot_ram, hot_disk)))
-    again = PageMap.decode(page_map.encode(), root(len(ram), len(disk), len(hot_ram), len(hot_disk)))
-    for space in Space:
+    frames = [random.choice((0, 2, 4)) for _ in hot_ram] + [random.choice((1, 3, 5)) for _ in hot_disk]
+    runs = [runs_of(numbers(*members)) for members in (ram, disk, hot_ram, hot_disk)]
+    page_map = PageMap(*runs, np.array(frames, np.uint16))
+    hot = [((RAM, DISK)[frame % 2], frames.count(frame)) for frame in range(6)]
+    again = PageMap.decode(page_map.encode(), root(len(ram), len(disk), *hot))
+    for space, of_space in ((Space.RAM, frames[: len(hot_ram)]), (Space.DISK, frames[len(hot_ram) :])):
         assert again.runs(space).tolist() == page_map.runs(space).tolist()
         assert again.hot_runs(space).tolist() == page_map.hot_runs(space).tolist()
+        assert again.frames_of_hot(space).tolist() == of_space
 
 
-def encoded(ram: Pairs, hot: Pairs) -> bytes:
+def encoded(ram: Pairs, hot: Pairs, hot_frames: Sequence[int]) -> bytes:
+    """A map of RAM pages only."""
     pairs = b"".join(struct.pack("<II", *pair) for pair in (*ram, *hot))
-    return struct.pack("<IIII", len(ram), 0, len(hot), 0) + pairs
+    head = struct.pack("<IIII", len(ram), 0, len(hot), 0)
+    return head + pairs + struct.pack(f"<{len(hot_frames)}H", *hot_frames)
 
 
 @pytest.mark.parametrize(
@@ -64,9 +72,9 @@ def encoded(ram: Pairs, hot: Pairs) -> bytes:
 )
 def test_a_bad_map_is_refused(pairs: Pairs, total: int) -> None:
     with pytest.raises(CorruptError, match="RAM page"):
-        PageMap.decode(encoded(pairs, []), root(total, 0))
+        PageMap.decode(encoded(pairs, [], []), root(total, 0))
     with pytest.raises(CorruptError, match="hot RAM page"):
-        PageMap.decode(encoded([(1, 90)], pairs), root(90, 0, total))
+        PageMap.decode(encoded([(1, 90)], pairs, [0] * total), root(90, 0, (RAM, total)))
 
 
 @pytest.mark.parametrize(
@@ -76,14 +84,50 @@ def test_what_is_hot_comes(hot: tuple[int, int]) -> None:
     """Runs of 5 to 7 and of 10 to 19 come, and (5, 3), (6, 1), (10, 10) within them are hot."""
     runs = [(5, 3), (10, 10)]
     for good in [(5, 3), (6, 1), (10, 10)]:
-        assert PageMap.decode(encoded(runs, [good]), root(13, 0, good[1])).hot_ram.tolist() == [list(good)]
+        page_map = PageMap.decode(encoded(runs, [good], [0] * good[1]), root(13, 0, (RAM, good[1])))
+        assert page_map.hot_ram.tolist() == [list(good)]
     with pytest.raises(CorruptError, match="hot that does not come"):
-        PageMap.decode(encoded(runs, [hot]), root(13, 0, hot[1]))
+        PageMap.decode(encoded(runs, [hot], [0] * hot[1]), root(13, 0, (RAM, hot[1])))
 
 
 def test_nothing_is_hot_where_nothing_comes() -> None:
     with pytest.raises(CorruptError, match="hot that does not come"):
-        PageMap.decode(encoded([], [(1, 1)]), root(0, 0, 1))
+        PageMap.decode(encoded([], [(1, 1)], [0]), root(0, 0, (RAM, 1)))
+
+
+@pytest.mark.parametrize(
+    ("frames", "why"),
+    [
+        ([0, 0, 2, 2], "other RAM pages than the root says"),
+        ([0, 2, 2, 2], "other RAM pages than the root says"),
+        ([0, 0, 0, 3], "other RAM pages than the root says"),
+        ([0, 0, 0, 65535], "other RAM pages than the root says"),
+        ([0, 0, 0, 1], "other RAM pages than the root says"),
+        ([], "4 hot pages, which do not fit"),
+        ([0, 0, 2], "4 hot pages, which do not fit"),
+        ([0, 0, 0, 2, 0], "4 hot pages, which do not fit"),
+        ([0, 0, 0, 2, 0, 0, 0, 0], "4 hot pages, which do not fit"),
+    ],
+    ids=["less", "more", "after-the-last", "beyond", "disk", "none", "short", "long", "a-run-long"],
+)
+def test_the_frames_of_hot_pages_are_as_the_root_says(frames: list[int], why: str) -> None:
+    """Frame 0 brings three pages of RAM, frame 2 one; frame 1 is of the disk, of which nothing comes."""
+    hot = ((RAM, 3), (DISK, 0), (RAM, 1))
+    page_map = PageMap.decode(encoded([(5, 8)], [(5, 3), (9, 1)], [0, 2, 0, 0]), root(8, 0, *hot))
+    assert page_map.frames_of_hot(Space.RAM).tolist() == [0, 2, 0, 0]
+    assert page_map.frames_of_hot(Space.DISK).tolist() == []
+    with pytest.raises(CorruptError, match=why):
+        PageMap.decode(encoded([(5, 8)], [(5, 3), (9, 1)], frames), root(8, 0, *hot))
+
+
+def test_a_hot_page_comes_in_a_frame_of_its_space() -> None:
+    """One page of RAM and one of the disk, each in the other's frame: the counts alone would fit."""
+    one = np.array([[4, 1]], np.uint32)
+    right, wrong = (PageMap(one, one, one, one, np.array(at, np.uint16)).encode() for at in ([0, 1], [1, 0]))
+    there = root(1, 1, (RAM, 1), (DISK, 1))
+    assert PageMap.decode(right, there).frames_of_hot(Space.DISK).tolist() == [1]
+    with pytest.raises(CorruptError, match="other RAM pages"):
+        PageMap.decode(wrong, there)
 
 
 @pytest.mark.parametrize(

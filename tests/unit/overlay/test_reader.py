@@ -272,15 +272,24 @@ def test_a_map_that_is_wrong(world: World, small: bytes) -> None:
 
 
 def test_a_map_that_calls_other_pages_hot(world: World, small: bytes) -> None:
-    """Pages 2 and 70 are hot; the map's last run but none says 71 or 80, or the root has no hot frame."""
+    """Pages 2 and 70 are hot; the map's last run says 71 or 80 instead, or the root has no hot frame."""
+    last_run = 4 + 8  # Before the frames of two pages.
     for page_number, why in ((71, "hot that does not come"), (80, "that the map says is cold")):
         forged = Forged.of(small)
         raw = forged.raw(0)
-        assert struct.unpack_from("<II", raw, len(raw) - 8) == (70, 1)
-        struct.pack_into("<I", raw, len(raw) - 8, page_number)
+        assert struct.unpack_from("<IIHH", raw, len(raw) - last_run) == (70, 1, 0, 0)
+        struct.pack_into("<I", raw, len(raw) - last_run, page_number)
         forged.set_raw(0, raw)
         assert why in str(refuse(world, forged.data(), CorruptError).value)
-    assert "hot RAM pages, the root says 0" in str(refuse(world, Forged.of(small).data(hot=0)).value)
+    assert "0 hot pages, which do not fit" in str(refuse(world, Forged.of(small).data(hot=0)).value)
+
+
+def test_a_map_that_names_a_hot_frame_that_is_not(world: World, small: bytes) -> None:
+    """There is one, of two pages: frame 1 is none, and a page less or more is no list."""
+    for frames in (b"\0\0\1\0", b"\0\0", b"\0\0\0\0\0\0"):
+        forged = Forged.of(small)
+        forged.set_raw(0, forged.raw(0)[:-4] + frames)
+        assert "hot" in str(refuse(world, forged.data(), CorruptError).value)
 
 
 def test_frames_of_the_wrong_kind(world: World, small: bytes) -> None:

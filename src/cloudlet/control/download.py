@@ -14,6 +14,9 @@ from cloudlet.control.ranges import Ranges
 from cloudlet.control.resource import WHERE_ELSE, Resource, ask, request_for
 from cloudlet.errors import FailedError, TruncatedError
 
+FIRST_ANSWER_SECONDS = 10.0
+"""Longest time until a server answers for the first time."""
+
 SKIP_BYTES = 64 << 10
 """What is rather read and thrown away than asked past: about what a link sends in the time of a request."""
 _PIECE = 64 << 10
@@ -43,7 +46,9 @@ class Download:
         :raises FailedError: they do not come.
         :raises TruncatedError: it changed since its first bytes came.
         """
-        patience = Patience(self._patience, self._link)
+        # A server that never answered at all is more likely a wrong name than a cut link.
+        seconds = self._patience if self._resource else min(self._patience, FIRST_ANSWER_SECONDS)
+        patience = Patience(seconds, self._link)
         while not self._at_end():
             try:
                 if self._response is None:

@@ -43,8 +43,8 @@ _GROUP_PAGES, _GROUP_SECONDS = 64, 0.04
 """How the pages of a slow trial come: about as a frame of them over 10 Mbit/s."""
 _ASKED_SECONDS = 0.01
 """How long a page takes that the guest waits for out of turn."""
-_SLOW_TRIALS, _FEW = 4, 0.01
-"""How often to try slowly at most: until a trial finds few pages that are new."""
+_SLOW_TRIALS, _FEW = 6, 32
+"""How often to try slowly at most: until two trials in a row have found few pages that are new."""
 
 Page = tuple[Space, int]
 
@@ -75,11 +75,11 @@ class Trial:
         :raises FailedError: the app did not answer, or a warm-up command failed.
         """
         trials = [self._touched(None)]
-        for _ in range(_SLOW_TRIALS):
+        found: list[int] = []
+        while len(found) < _SLOW_TRIALS and not (len(found) > 1 and max(found[-2:]) <= _FEW):
             known = set().union(*trials)
             trials.append(self._touched(_median_order(trials)))
-            if len(known.union(trials[-1])) - len(known) < len(known) * _FEW:
-                break
+            found.append(len(known.union(trials[-1])) - len(known))
         return _hot(_median_order(trials))
 
     def _touched(self, order: Sequence[Page] | None) -> list[Page]:
@@ -210,7 +210,7 @@ def _endpoints(instance: Instance) -> dict[str, str]:
 
 
 def _median_order(trials: Sequence[Sequence[Page]]) -> list[Page]:
-    """All pages, by the median of their places in the trials: what few trials touched comes behind the rest."""
+    """All pages, by the median of their places in the trials: what few trials touched comes last."""
     places: dict[Page, list[int]] = {}
     for touched in trials:
         for place, page in enumerate(touched):

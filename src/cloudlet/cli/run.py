@@ -213,16 +213,17 @@ class Stop(CloudletCommand):
         folder = self.app.site().settings.instances_dir
         for wanted in parsed_args.instances:
             running = records(folder)
-            matching = [path for path, record in running if wanted in (record.id, record.name)]
+            matching = [found for found in running if wanted in (found[1].id, found[1].name)]
             if len(matching) > 1:
-                ids = ", ".join(path.name for path in matching)
+                ids = ", ".join(path.name for path, _ in matching)
                 raise ConflictError(f"{len(matching)} machines are called {wanted}", hint=f"name one: {ids}")
             if not matching:
                 raise NotFoundError(f"no machine {wanted!r} runs here", hint="cloudlet ps")
             # Its owner sees it end and removes what is left.
+            path, record = matching[0]
             deadline = time.monotonic() + 10.0
-            while matching[0].exists():
-                for process in processes_of(matching[0]):
+            while path.exists():
+                for process in (*record.processes, *processes_of(path)):
                     process.kill()
                 if time.monotonic() > deadline:
                     raise FailedError(

@@ -9,7 +9,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import creation, density, engine_run, growth, picture, report, starts, transfers
+from benchmarks import (
+    again,
+    creation,
+    density,
+    early,
+    early_report,
+    engine_run,
+    growth,
+    picture,
+    report,
+    starts,
+    transfers,
+)
 from benchmarks.lab import CHECKOUT, Lab, say
 from benchmarks.results import Results, machine
 
@@ -23,13 +35,19 @@ PARTS: dict[str, tuple[Callable[[Lab, Results], None], ...]] = {
     "engine": (engine_run.throughput, engine_run.memory),
     "density": (density.density, density.restored),
     "growth": (growth.by_bytes, growth.by_memory),
-}
+    "early": (
+        early.curve, early.promised, early.images, early.sizes, early.stalls, early.storm,
+        again.second, again.memory,
+    ),
+}  # fmt: skip
 RESULTS = CHECKOUT / "docs" / "results"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="measure everything once, to try it")
+    parser.add_argument(
+        "--quick", action="store_true", help="measure little, and that once, to try it: no page is written"
+    )
     parser.add_argument("--only", metavar="NAME,...", help=f"some parts: {', '.join(PARTS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here too")
     parser.add_argument("--seed", type=int, help="of what is random; printed, so that it can be given again")
@@ -52,20 +70,25 @@ def main() -> None:
         "seconds": round(time.monotonic() - began - sum(preparing.values())),
         "preparing_seconds": preparing,
         "seed": seed,
-        "quick": options.quick,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-    rows = report.rows(results)
-    print("\n" + report.text(rows))
+    rows, early_rows = report.rows(results), report.rows(results, early_report.LINES)
+    print("\n" + report.text([*rows, *early_rows]))
     if options.json:
         document = {"machine": about, "samples": results.samples, "notes": results.notes}
         options.json.write_text(json.dumps(document, indent=1))
-    # A part is for trying; what is kept is one run of everything.
-    if not options.only:
-        RESULTS.mkdir(parents=True, exist_ok=True)
+    # What is kept of a page is one run of all that stands on it.
+    if options.quick:
+        return
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if set(names) >= PARTS.keys() - {"early"}:
         (RESULTS / "main.md").write_text(report.markdown(rows, about))
         picture.draw(results, RESULTS / "main.png")
         say(f"written: {RESULTS / 'main.md'}, {RESULTS / 'main.png'}")
+    if "early" in names:
+        (RESULTS / "early.md").write_text(early_report.markdown(results, about))
+        picture.draw_early(results, RESULTS / "early.png")
+        say(f"written: {RESULTS / 'early.md'}, {RESULTS / 'early.png'}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ Question = Callable[[str, float], None]
 
 
 class Reference:
-    """Asks the reference application at places of the model that it cannot foresee."""
+    """Asks the reference application: at places of the model that it cannot foresee, or at one."""
 
     def __init__(self, mib: int, seed: int) -> None:
         self._model = reference_model(mib)
@@ -41,7 +41,10 @@ class Reference:
         self._random = random.Random(seed)
 
     def __call__(self, url: str, timeout: float = _TRY_SECONDS) -> None:
-        at = self._random.randrange(len(self._model) - _PIECE)
+        self.at(self._random.randrange(len(self._model) - _PIECE), url, timeout)
+
+    def at(self, at: int, url: str, timeout: float = _TRY_SECONDS) -> None:
+        """Ask at a place."""
         answer = _get(f"{url}/answer?at={at}", timeout)
         piece = hashlib.sha256(self._model[at : at + _PIECE]).hexdigest()
         if answer["digest"] != self._digest or answer["pieces"] != [piece, piece]:

@@ -13,14 +13,15 @@ import sys
 import urllib.request
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from benchmarks.answers import REFERENCE, REFERENCE_PORT, Question, Reference, reference_model
 from benchmarks.guests.reference.model import model
-from benchmarks.lab import MEMORY_MIB, MODEL_MIB, ROUTE_PLANNER
+from benchmarks.lab import MEMORY_MIB, MODEL_MIB, ROUTE_PLANNER, Lab
 from cloudlet.errors import FailedError
 
 HEAP = REFERENCE.with_name("heap")
@@ -31,6 +32,8 @@ GROWTH_MEMORY_MIB = 1024
 GROWTH_HEAPS_MIB = (18, 88, 366)
 """Heaps whose overlays have about 16, 64 and 256 MiB; the largest needs a guest of 1 GiB, so all get one."""
 _EVERYTHING_MIB = 32
+_WARM_PLACES = tuple(n * 1_500_007 for n in range(REQUESTS))
+"""Where the reference application's warm-up asks."""
 _INDEX, _PIECE, _STEP = 256 << 10, 64 << 10, 40_961
 """Of the heap's index; what ``guests/heap/files/heap.py`` says."""
 
@@ -47,9 +50,19 @@ class App:
     environment: Mapping[str, str]
     """What the recipe's ``prepare`` is told."""
     requests: tuple[Question, ...]
-    """Ten different ones, of the same kind."""
+    """Ten different ones, of the kind that its warm-up makes; the first is also its readiness request, or
+    needs more than that."""
     all: Question
     """Needs all of the application's memory, or as much as its own front door reaches."""
+    unforeseen: Question | None = None
+    """Asks for what no warm-up has met, if its front door lets one."""
+    removed: Mapping[str, str] = field(default_factory=dict)
+    """Files that it removes once they are loaded: places in the guest, and what ``prepare`` called them."""
+
+    @property
+    def key(self) -> str:
+        """What its figures are called."""
+        return self.recipe.name
 
     def first(self, url: str, timeout: float) -> None:
         """The first request: the first answer is timed by it."""
@@ -62,15 +75,15 @@ class App:
 
 
 def reference(seed: int, mib: int = MODEL_MIB) -> App:
-    """The reference application; its requests are for places that it cannot foresee."""
+    """The reference application, asked where its warm-up asks; or at places that it cannot foresee."""
     ask = Reference(mib, seed)
 
     digests = {"digests": [hashlib.sha256(reference_model(mib)).hexdigest()] * 2}
     environment = {"REFERENCE_MIB": str(mib)}
-    requests = (ask,) * REQUESTS
+    requests = tuple(partial(ask.at, place) for place in _WARM_PLACES)
     return App(
         "reference", REFERENCE, REFERENCE_PORT, MEMORY_MIB, environment, requests,
-        lambda url, timeout: _expect(f"{url}/digest", timeout, digests),
+        lambda url, timeout: _expect(f"{url}/digest", timeout, digests), ask,
     )  # fmt: skip
 
 
@@ -96,7 +109,10 @@ def route_planner() -> App:
                 raise FailedError("the route planner's page draws no plan")
 
     requests = tuple(asker(seed) for seed in range(REQUESTS))
-    return App("route planner", ROUTE_PLANNER, 8080, MEMORY_MIB, {}, requests, everything)
+    return App(
+        "route planner", ROUTE_PLANNER, 8080, MEMORY_MIB, {}, requests, everything,
+        lambda url, timeout: plan(url, timeout, large, "iterations=1"),
+    )  # fmt: skip
 
 
 def heap(mib: int = HEAP_MIB, memory_mib: int = MEMORY_MIB) -> App:
@@ -118,7 +134,10 @@ def heap(mib: int = HEAP_MIB, memory_mib: int = MEMORY_MIB) -> App:
         _expect(f"{url}/digest", timeout, {"bytes": mib << 20, "digest": digest})
 
     requests = tuple(asker(at) for at in range(REQUESTS))
-    return App(f"heap of {mib} MiB", HEAP, 9091, memory_mib, {"HEAP_MIB": str(mib)}, requests, whole)
+    return App(
+        f"heap of {mib} MiB", HEAP, 9091, memory_mib, {"HEAP_MIB": str(mib)}, requests, whole,
+        removed={"/opt/heap/heap.bin": "heap.bin"},
+    )  # fmt: skip
 
 
 def everything() -> App:
@@ -131,6 +150,11 @@ def everything() -> App:
 
     requests = tuple(asker(at) for at in range(REQUESTS))
     return App("everything", EVERYTHING, 9092, MEMORY_MIB, {}, requests, requests[0])
+
+
+def overlay_of(lab: Lab, app: App) -> Path:
+    """The application's overlay, made with trials, kept."""
+    return lab.overlay_of(app.recipe, app.environment, app.memory_mib)
 
 
 def _expect(url: str, timeout: float, right: dict[str, Any]) -> None:

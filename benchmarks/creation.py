@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import plain
 from benchmarks.answers import REFERENCE
-from benchmarks.lab import ROUTE_PLANNER, Lab, say, tool
+from benchmarks.lab import MODEL, ROUTE_PLANNER, Lab, say, tool
 from benchmarks.results import Results
 from benchmarks.starts import saved
 from benchmarks.transfers import compress_into
@@ -56,11 +56,11 @@ def create(lab: Lab, results: Results) -> None:
 def sizes(lab: Lab, results: Results) -> None:
     """The overlay's bytes: reference application and route planner, on our guest and on a default one."""
     output = lab.scratch / "created.overlay"
-    for app, recipe in (("", REFERENCE), ("planner.", ROUTE_PLANNER)):
+    for app, recipe, told in (("", REFERENCE, MODEL), ("planner.", ROUTE_PLANNER, {})):
         for guest, ours in (("", True), ("default.", False)):
             say(f"sizes: {recipe.name} on {'our' if ours else 'a default'} guest")
             try:
-                made = lab.publish(lab.base(ours=ours), output, recipe=recipe, plain_delta=True)
+                made = lab.publish(lab.base(ours=ours), output, told, recipe=recipe, plain_delta=True)
             except FailedError as error:
                 results.notes[f"{app}{guest}sizes"] = str(error)  # the planner's wheels need a network
                 continue

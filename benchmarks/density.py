@@ -19,7 +19,8 @@ from cloudlet.hypervisor.records import ProcessId, read_record
 
 COUNTS = (1, 2, 4, 8)
 _IDLE_SECONDS = 3.0
-_MEMORY = "/memfd:cloudlet-base-"
+_MEMORY = re.compile(r"/memfd:cloudlet-(base|app)-| rw-p 00000000 [0-9a-f:]+ 1 +/$")
+"""What a guest's RAM maps: a base's or an app's memory file, or the page server's mount, which is a file."""
 
 
 def density(lab: Lab, results: Results) -> None:
@@ -37,7 +38,7 @@ def density(lab: Lab, results: Results) -> None:
                 wait_agent(instance)
                 folders.append(instance.directory)
             time.sleep(_IDLE_SECONDS)
-            memory = sum((_memory(folder) for folder in folders), Counter[str]())
+            memory = sum((memory_of(folder) for folder in folders), Counter[str]())
             for part, kib in memory.items():
                 results.add(f"density.{count}.{part}_mib", kib / 1024)
     ends = COUNTS[0], COUNTS[-1]
@@ -55,17 +56,18 @@ def restored(lab: Lab, results: Results) -> None:
             plain.run_on(instance)
             wait_answer(instance, Reference(MODEL_MIB, lab.seed), 60.0)
             time.sleep(_IDLE_SECONDS)
-            results.add("density.restored.all_mib", _memory(instance.directory)["all"] / 1024)
+            results.add("density.restored.all_mib", memory_of(instance.directory)["all"] / 1024)
 
 
-def _memory(folder: Path) -> Counter[str]:
-    """KiB of an instance's processes, by what they are for."""
+def memory_of(folder: Path) -> Counter[str]:
+    """KiB of an instance's processes, by what they are for: PSS, and what of it is the guest's RAM."""
     record = read_record(folder)
     assert record and record.machine and record.network
     memory: Counter[str] = Counter()
-    for name, process in (("qemu", record.machine), ("network", record.network)):
-        memory.update(_of_process(process, name))
-    memory["all"] = memory["qemu"] + memory["network"]
+    for name, process in (("qemu", record.machine), ("network", record.network), ("pages", record.pages)):
+        if process:
+            memory.update(_of_process(process, name))
+    memory["all"] = memory["qemu"] + memory["network"] + memory["pages"]
     return memory
 
 
@@ -75,11 +77,13 @@ def _of_process(process: ProcessId, name: str) -> Counter[str]:
     for line in Path(f"/proc/{process.pid}/smaps").read_text().splitlines():
         field, _, rest = line.partition(":")
         if re.fullmatch(r"[0-9a-f]+-[0-9a-f]+ .*", line):
-            of_ram = _MEMORY in line
+            of_ram = bool(_MEMORY.search(line))
         elif field == "Pss":
             memory[name] += int(rest.split()[0])
             if of_ram:
                 memory["ram_shared"] += int(rest.split()[0])
+        elif field == "Rss" and of_ram:
+            memory["ram_mapped"] += int(rest.split()[0])
         elif field == "Anonymous" and of_ram:
             memory["ram_own"] += int(rest.split()[0])
     return memory

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,11 +33,16 @@ from cloudlet.model import GIBIBYTE, MEBIBYTE
 from cloudlet.overlay.header import VERSION
 from cloudlet.settings import Settings
 from cloudlet.store.bases import Base
+from cloudlet.store.hints import HintStore
+from cloudlet.store.images import ImageStore
 
 CHECKOUT = Path(__file__).parents[1]
 KEPT = CHECKOUT / ".setup" / "bench"
 ROUTE_PLANNER = CHECKOUT / "examples" / "route-planner"
 MEMORY_MIB, MODEL_MIB = 512, 16
+MODEL = {"REFERENCE_MIB": str(MODEL_MIB)}
+"""What the reference application's recipe is told."""
+_MODEL_PROGRAM = REFERENCE / "model.py"
 _GUEST = CHECKOUT / "src" / "cloudlet" / "guests" / "debian"
 _SHUT_DOWN_SECONDS = 120.0
 _KIND_TO_DELTAS = "init_on_free=1"
@@ -69,7 +74,12 @@ class Lab:
             settings = Settings(
                 cache_dir=KEPT / "cache", state_dir=Path(folder) / "state", keys_dir=KEPT / "keys"
             )
-            site = Site.open(settings)
+            # What a site learns of an app is learned anew in each run.
+            site = replace(
+                Site.open(settings),
+                images=ImageStore(Path(folder) / "images", settings.image_cache_mib * MEBIBYTE),
+                hints=HintStore(Path(folder) / "hints"),
+            )
             if not site.keys.all():
                 site.keys.generate()
             yield cls(site, Path(folder), seed, quick)
@@ -119,46 +129,79 @@ class Lab:
 
     def overlay(self, memory_mib: int = MEMORY_MIB, model_mib: int = MODEL_MIB, *, ours: bool = True) -> Path:
         """The reference application's overlay on one of our bases, kept."""
+        return self.overlay_of(REFERENCE, {"REFERENCE_MIB": str(model_mib)}, memory_mib, ours=ours)
+
+    def overlay_of(
+        self, recipe: Path, environment: Mapping[str, str], memory_mib: int = MEMORY_MIB, *, ours: bool = True
+    ) -> Path:
+        """A recipe's overlay on one of our bases, kept.
+
+        :param environment: what the recipe's ``prepare`` is told.
+        """
         base = self.base(memory_mib, ours=ours)
-        path = KEPT / "overlays" / f"{base.id[:16]}-{model_mib}-{_digest_of(REFERENCE)}-v{VERSION}.overlay"
+        words = base.id[:16], recipe.name, *environment.values(), _digest_of(recipe, _MODEL_PROGRAM)
+        path = KEPT / "overlays" / f"{'-'.join(words)}-v{VERSION}.overlay"
         if not path.exists():
-            with self._prepares(f"overlay on {base.name}, model of {model_mib} MiB"), _made(path) as new:
-                self.publish(base, new, model_mib)
+            what = " ".join(["overlay", recipe.name, *environment.values(), "on", base.name])
+            with self._prepares(what), _made(path) as new:
+                self.publish(base, new, environment, recipe=recipe)
         return path
 
     def publish(
         self,
         base: Base,
         output: Path,
-        model_mib: int = MODEL_MIB,
+        environment: Mapping[str, str] = MODEL,
         told: Callable[[str], None] | None = None,
         *,
         recipe: Path = REFERENCE,
         plain_delta: bool = False,
     ) -> Published:
         """Make the overlay of the reference application, or of another recipe, now."""
-        os.environ["REFERENCE_MIB"] = str(model_mib)
-        build = KEPT / "recipes" / (recipe.name if recipe != REFERENCE else f"{recipe.name}-{model_mib}")
+        os.environ.update(environment)
+        build = self.build_folder(recipe, environment)
         return create_overlay(
             self.site, base, recipe, output, build_folder=build, sign=self.site.keys.signer(),
             say=told or _quietly, plain_delta=plain_delta,
         )  # fmt: skip
 
-    def customised_image(self) -> plain.Plain:
-        """The reference application installed and enabled in a full image, kept."""
-        overlay = self.overlay()
+    @staticmethod
+    def build_folder(recipe: Path, environment: Mapping[str, str]) -> Path:
+        """Where what ``prepare`` makes is kept."""
+        return KEPT / "recipes" / "-".join([recipe.name, *environment.values()])
+
+    def customised_image(
+        self, overlay: Path | None = None, files: Mapping[str, Path] | None = None
+    ) -> plain.Plain:
+        """An application installed and enabled in a full image, kept; the reference if none is named.
+
+        :param overlay: of an application on our base.
+        :param files: what is to be put into the image besides, by its place in the guest.
+        """
+        overlay = overlay or self.overlay()
         disk = KEPT / "images" / f"{overlay.stem}.raw"
         if not disk.exists():
-            with self._prepares("full customised image"), _made(disk) as new:
-                return _with_disk(full_image(self.site, overlay, new, self.disk_changes()), disk)
+            with self._prepares(f"full customised image of {overlay.stem}"), _made(disk) as new:
+                made = full_image(self.site, overlay, new, self.disk_changes(overlay))
+                for place, file in (files or {}).items():
+                    tool(["debugfs", "-w", "-R", f"write {file} {place}", str(new)])
+                return _with_disk(made, disk)
         base = self.base()
         return plain.Plain(
             base.machine, disk, base.image().kernel, base.image().initrd, best_cmdline(base), "raw"
         )
 
-    def disk_changes(self) -> Path:
+    def packed_bytes(self, image: plain.Plain) -> int:
+        """The bytes of a kept image as it would be downloaded."""
+        packed = image.disk.with_suffix(".qcow2")
+        if not packed.exists():
+            with self._prepares(f"compressed image {image.disk.stem}"), _made(packed) as new:
+                compress_image(image.disk, new)
+        return packed.stat().st_size
+
+    def disk_changes(self, overlay: Path | None = None) -> Path:
         """What the customised image changed on the base's disk: a machine restored elsewhere needs it too."""
-        return KEPT / "images" / f"{self.overlay().stem}.changes.qcow2"
+        return KEPT / "images" / f"{(overlay or self.overlay()).stem}.changes.qcow2"
 
     def _image(self, key: str) -> Path:
         folder = KEPT / "images" / f"guest-{key}"
@@ -270,11 +313,14 @@ def _dig(path: Path) -> None:
     tool(["fallocate", "--dig-holes", str(path)])
 
 
-def _digest_of(folder: Path) -> str:
+def _digest_of(folder: Path, *files: Path) -> str:
+    """Of a folder, and of files outside it."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
             digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    for path in files:
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
 
 

@@ -1,11 +1,15 @@
-"""The picture: how soon a guest answers, what travels, and how both grow."""
+"""The pictures: how soon a guest answers, what travels, how both grow; and the first answer by the link."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.early import RATES, RTT
+from benchmarks.early_report import APPS, eager_seconds, image_and_boot_seconds
 from benchmarks.growth import MEMORIES_MIB, MODELS_MIB
 from benchmarks.report import Figures, image_seconds, stream_seconds
 from benchmarks.results import Results
@@ -17,6 +21,17 @@ _OURS, _STREAM, _IMAGE, _OTHER = "#0072B2", "#E69F00", "#D55E00", "#999999"
 
 def draw(results: Results, path: Path) -> None:
     """Draw what was measured; panels without figures stay empty."""
+    _draw(results, path, (_answers, _rates, _bytes, _growth))
+
+
+def draw_early(results: Results, path: Path) -> None:
+    """Draw the early start: a panel for each application."""
+    panels = [partial(_by_rate, key=key, name=name) for key, name in APPS.items()]
+    _draw(results, path, panels)
+
+
+def _draw(results: Results, path: Path, fills: Sequence[Callable[[Any, Figures], None]]) -> None:
+    """Four panels."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -25,11 +40,29 @@ def draw(results: Results, path: Path) -> None:
     mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, panels = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
     figures = Figures(results)
-    for panel, fill in zip(panels.flat, (_answers, _rates, _bytes, _growth), strict=True):
+    for panel, fill in zip(panels.flat, fills, strict=True):
         with suppress(LookupError):
             fill(panel, figures)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _by_rate(panel: Any, f: Figures, *, key: str, name: str) -> None:
+    lines = (
+        ("full image and boot", [image_and_boot_seconds(f, key, rate) for rate in RATES], _IMAGE),
+        ("eager: all bytes first", [eager_seconds(f, key, rate)[0] for rate in RATES], _STREAM),
+        ("early", [f(f"early.{key}.{rate}.{RTT}.first_s") for rate in RATES], _OURS),
+    )
+    for label, seconds, colour in lines:
+        panel.plot(RATES, seconds, "o-", color=colour, label=label)
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xticks(RATES, map(str, RATES))
+    panel.set_xlabel(f"Mbit/s (round trip {RTT} ms)")
+    panel.set_ylabel("seconds to the first answer")
+    panel.set_ylim(0.1, 1000)
+    panel.legend(frameon=False)
+    panel.set_title(f"{name}, overlay of {f(f'early.{key}.overlay_bytes') / MEBIBYTE:.0f} MiB", loc="left")
 
 
 def _answers(panel: Any, f: Figures) -> None:

@@ -1,12 +1,12 @@
 """The table: each promise, the figure reached, what stands beside it, and whether it was kept.
 
-One function per line of the specification; a line whose parts were not measured is left out. Ratios are
-of medians of the same run.
+One function per line of the specification (those of the early start: ``early_report.py``); a line whose
+parts were not measured is left out. Ratios are of medians of the same run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,11 @@ class Row:
     met: bool
 
 
-class _MissingError(LookupError):
+class MissingError(LookupError):
     """A figure that was not measured in this run."""
+
+
+Line = Callable[["Figures"], Row]
 
 
 class Figures:
@@ -45,7 +48,7 @@ class Figures:
     def __call__(self, name: str) -> float:
         value = self._results.median(name)
         if value is None:
-            raise _MissingError(name)
+            raise MissingError(name)
         return value
 
     def seconds(self, name: str) -> str:
@@ -59,14 +62,14 @@ class Figures:
         return self._results.notes.get(name, "")
 
 
-def rows(results: Results) -> list[Row]:
-    """All lines that were measured, in the order of the specification."""
+def rows(results: Results, lines: Sequence[Line] | None = None) -> list[Row]:
+    """The lines that were measured, in the specification's order: these, or those of bases and overlays."""
     figures = Figures(results)
     made = []
-    for line in _LINES:
+    for line in _LINES if lines is None else lines:
         try:
             made.append(line(figures))
-        except _MissingError:
+        except MissingError:
             continue
     return made
 
@@ -154,7 +157,7 @@ def _bytes(f: Figures) -> Row:
     default = f("default.created_overlay_bytes") / f("default.plain_delta_bytes")
     try:
         delta = f"xdelta3 of both files {_mib(f('xdelta_bytes'))} in {f('xdelta_s'):.0f} s"
-    except _MissingError:
+    except MissingError:
         delta = f"xdelta3: {f.note('xdelta3') or 'not measured'}"
     return Row(
         "overlay bytes / all changed pages and blocks, zstd -3",
@@ -264,7 +267,7 @@ def _grows_not_with_memory(f: Figures) -> Row:
     )
 
 
-_LINES: tuple[Callable[[Figures], Row], ...] = (
+_LINES: tuple[Line, ...] = (
     _resume,
     _local,
     _ready,
@@ -294,30 +297,16 @@ def text(made: list[Row]) -> str:
 
 def markdown(made: list[Row], about: dict[str, Any]) -> str:
     """The page of the documentation."""
-    kept = sum(about["preparing_seconds"].values())
     lines = [
         "# Measured: bases, overlays, synthesis",
         "",
-        f"Written by `make bench` on {about['date']}, seed {about['seed']}"
-        + (", with `--quick`: every figure measured once or twice" if about["quick"] else "")
-        + ". Medians, with the range and number of runs; all figures of one run, one after the other.",
-        "",
-        f"The machine: {about['cpu']}, {about['cores']} cores, {about['memory_mib'] / 1024:.0f} GiB, "
-        f"Linux {about['kernel']}, QEMU {about['qemu']} under {about['accelerator'].upper()}, "
-        f"Python {about['python']}, load {about['load_before']} before. The run took {about['seconds']} s"
-        + (f"; besides, guests and bases were made, once, in {kept:.0f} s." if kept else "."),
-        "",
+        *origin(about, "make bench"),
         "The work: the guest that `cloudlet base build` makes, 512 MiB, one CPU; the reference application "
         "(`benchmarks/guests/reference`) holds a model of 16 MiB twice in memory. A first answer has "
         "status 200 and a body that was checked against the model. What a figure is compared with runs on a "
         "guest without `init_on_free`, which suits it best.",
         "",
-        "| what | promised | reached | beside | met |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {row.what} | {row.promise} | {row.figure} | {row.beside} | {'yes' if row.met else '**no**'} |"
-            for row in made
-        ),
+        *table(made),
         "",
         "![first answers, bytes and growth](main.png)",
         "",
@@ -325,10 +314,37 @@ def markdown(made: list[Row], about: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def origin(about: dict[str, Any], command: str) -> list[str]:
+    """Where a page's figures come from."""
+    kept = sum(about["preparing_seconds"].values())
+    return [
+        f"Written by `{command}` on {about['date']}, seed {about['seed']}. Medians, with the range and "
+        "number of runs; all figures of one run, one after the other.",
+        "",
+        f"The machine: {about['cpu']}, {about['cores']} cores, {about['memory_mib'] / 1024:.0f} GiB, "
+        f"Linux {about['kernel']}, QEMU {about['qemu']} under {about['accelerator'].upper()}, "
+        f"Python {about['python']}, load {about['load_before']} before. The run took {about['seconds']} s"
+        + (f"; besides, what is kept from run to run was made in {kept:.0f} s." if kept else "."),
+        "",
+    ]
+
+
+def table(made: list[Row]) -> list[str]:
+    """Promises and what was reached."""
+    return [
+        "| what | promised | reached | beside | met |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row.what} | {row.promise} | {row.figure} | {row.beside} | {'yes' if row.met else '**no**'} |"
+            for row in made
+        ),
+    ]
+
+
 def _our_stream(f: Figures) -> str:
     try:
         return f"; of our own guest, which zeroes what it frees, {_mib(f('our_guest_stream_zstd_bytes'))}"
-    except _MissingError:
+    except MissingError:
         return ""
 
 
@@ -336,7 +352,7 @@ def _planner(f: Figures, one: str, other: str) -> str:
     """The same ratio for a real application."""
     try:
         above, below = f(f"planner.{one}"), f(f"planner.{other}")
-    except _MissingError:
+    except MissingError:
         return "not measured"
     return f"{above / below:.2f} ({_mib(above)} / {_mib(below)})"
 

@@ -164,6 +164,7 @@ def _command(lab: Lab, overlay: Path, ask: Reference) -> float:
     }
     began = time.monotonic()
     command = [sys.executable, "-m", "cloudlet.cli.app", "run", str(overlay)]
+    command += ["--start", "full", "--no-image"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as process:

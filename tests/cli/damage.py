@@ -54,6 +54,14 @@ def flips(data: bytes, count: int, seed: int) -> list[tuple[int, int]]:
     return [(rng.randrange(ends[number % len(ends)]), rng.randrange(8)) for number in range(count)]
 
 
+def hot_end(data: bytes) -> int:
+    """Where the cold frames begin, those of the disk first."""
+    reader = OverlayReader(io.BytesIO(data), None, allow_unsigned=True)
+    root = reader.root
+    frames = (*root.map_frames, *root.device_frames, *root.hot_frames)
+    return reader.header.parts_start + sum(entry.size for entry in frames)
+
+
 def _swapped(data: bytes, sign: Sign) -> bytes:
     """The last two frames change places, and nothing else is said."""
     *_, (entry, first), (_, second) = Forged.of(data).frames

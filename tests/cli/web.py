@@ -10,6 +10,10 @@ What is wrong with ranges only: ``/no-ranges`` (there are none) ``/claimed-range
 server says so) ``/wrong-range`` (the bytes after those that were asked for, and saying so) ``/lying-range``
 (other bytes than it says) ``/short-range`` (half of what it says) ``/changed-ranges`` (of another entity tag)
 ``/closing-ranges`` (the connection ends after each) ``/slow-ranges`` (never answered).
+
+And at the moment that a test chooses: from byte ``web.hold`` on a stream is not sent until ``web.go`` is
+set, where single ranges are; after each of ``web.cuts`` bytes that were sent in all a connection ends;
+``web.leave`` ends all of them, and nobody listens until ``web.back`` is set.
 """
 
 from __future__ import annotations
@@ -40,6 +44,13 @@ class Answer:
     """The request's Range."""
     start: int = 0
     count: int = 0
+    ended: threading.Event = field(default_factory=threading.Event)
+    """All was sent, or who asked has gone."""
+
+    @property
+    def of_stream(self) -> bool:
+        """Whether all from some byte on was asked for, and not one range."""
+        return self.wanted is None or self.wanted.endswith("-")
 
 
 @dataclass
@@ -58,8 +69,25 @@ class Web:
     """Nobody listens."""
     back: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
+    hold: int | None = None
+    holding: threading.Event = field(default_factory=threading.Event)
+    """Somebody waits for what is held."""
+    go: threading.Event = field(default_factory=threading.Event)
+    cuts: list[int] = field(default_factory=list)
+    leave: Callable[[], None] = lambda: None
+    _asking: threading.Condition = field(default_factory=threading.Condition)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _taken_until: float = 0.0
+
+    def note(self, path: str, wanted: str | None) -> None:
+        with self._asking:
+            self.asked.append((path, wanted))
+            self._asking.notify_all()
+
+    def wait_asked(self, wanted: set[str], timeout: float) -> bool:
+        """Wait until all these ranges were asked for; whether they were."""
+        with self._asking:
+            return self._asking.wait_for(lambda: wanted <= set(self.ranges()), timeout)
 
     def ranges(self) -> list[str | None]:
         return [wanted for _, wanted in self.asked]
@@ -80,15 +108,26 @@ class Web:
 
     def send(self, request: BaseHTTPRequestHandler, answer: Answer, body: bytes) -> None:
         size = max(1500, int(self.rate * _PIECE_SECONDS)) if self.rate else 16 << 10
-        for at in range(0, len(body), size):
+        at = 0
+        while at < len(body):
+            place = answer.start + answer.count
+            if answer.of_stream and place == self.hold:
+                self.holding.set()
+                self.go.wait()
             piece = body[at : at + size]
+            if answer.of_stream and self.hold is not None and place < self.hold:
+                piece = piece[: self.hold - place]
             if self.rate:
                 with self._lock:
                     self._taken_until = max(self._taken_until, time.monotonic()) + len(piece) / self.rate
                     wait = self._taken_until - time.monotonic()
                 self.ended.wait(max(0.0, wait))
+            if self.cuts and self.sent >= self.cuts[0]:
+                del self.cuts[0]
+                raise ConnectionAbortedError("cut")
             request.wfile.write(piece)
             answer.count += len(piece)
+            at += len(piece)
 
 
 @contextmanager
@@ -98,7 +137,7 @@ def serving(content: bytes, tls: ssl.SSLContext | None = None) -> Iterator[Web]:
     leaving: list[threading.Thread] = []
 
     def open_at(port: int) -> None:
-        server = _Server(web, port, tls, leave)
+        server = _Server(web, port, tls)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         listening.append((server, thread))
@@ -121,12 +160,14 @@ def serving(content: bytes, tls: ssl.SSLContext | None = None) -> Iterator[Web]:
         leaving.append(threading.Thread(target=stay_away))
         leaving[-1].start()
 
+    web.leave = leave
     open_at(0)
     try:
         yield web
     finally:
         web.ended.set()
         web.back.set()
+        web.go.set()
         for thread in leaving:
             thread.join()
         if listening:
@@ -136,10 +177,9 @@ def serving(content: bytes, tls: ssl.SSLContext | None = None) -> Iterator[Web]:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, web: Web, port: int, tls: ssl.SSLContext | None, leave: Callable[[], None]) -> None:
+    def __init__(self, web: Web, port: int, tls: ssl.SSLContext | None) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.web = web
-        self.leave = leave
         self.open: set[socket.socket] = set()
         if tls:
             self.socket = tls.wrap_socket(self.socket, server_side=True)
@@ -179,13 +219,13 @@ class _Handler(BaseHTTPRequestHandler):
             _answer(self.server.web, self)
         finally:
             if self.gone:
-                self.server.leave()
+                self.server.web.leave()
 
 
 def _answer(web: Web, request: _Handler) -> None:
     how = urlsplit(request.path).path.strip("/")
     wanted = request.headers.get("Range")
-    web.asked.append((request.path, wanted))
+    web.note(request.path, wanted)
     match how:
         case "missing":
             return _head(request, 404, 0)
@@ -261,6 +301,8 @@ def _body(web: Web, request: _Handler, how: str, answer: Answer, body: bytes) ->
             web.ended.wait()
     except OSError:
         request.close_connection = True  # who asked has gone
+    finally:
+        answer.ended.set()
 
 
 def _head(request: _Handler, status: int, size: int, **fields: str) -> None:

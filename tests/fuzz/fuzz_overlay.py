@@ -39,7 +39,7 @@ if atheris is not None:
 import numpy as np
 from tests.unit.overlay.forge import Forged
 from tests.unit.overlay.guest import Guest, guest_of
-from tests.unit.overlay.world import Rebuilt, World, noise, page, unsigned
+from tests.unit.overlay.world import Rebuilt, World, near, noise, page, unsigned
 
 from cloudlet.errors import IntegrityError
 from cloudlet.overlay.apply import apply, verify_only
@@ -67,21 +67,26 @@ VALUES = (
 
 
 def seeds(world: World) -> list[bytes]:
-    """Sound overlays: of nothing, of every operation with a hot prefix, of what does not compress, and of
-    many small frames, of which six are hot and refer to each other.
+    """Sound overlays: of nothing, of every operation with a hot prefix, of what does not compress, of a frame
+    that was cut, and of many small frames, of which six are hot and refer to each other.
     """
     zero = np.zeros(4096, np.uint8)
     mixed = {0: zero, 1: page(1), 2: page(1), 3: page(1050), 4: page(2001), 70: page(2), 90: page(1)}
+    mixed |= {6: near(page(1006))}
     hot = [(Space.RAM, np.array([70, 2], np.uint32))]
     with mock.patch("cloudlet.overlay.plan.FRAME_PAGES_WRITTEN", 2):
         touched = [(space, np.array([8, 3, 6, 1, 9, 2], np.uint32)) for space in Space]
         many = world.create(
             {i: page(i % 5 + 1) for i in range(20)}, {i: page(i) for i in range(12)}, hot=touched
         )
+    spread = {i: near(page(1000 + i)) if i % 3 else page(i % 4 + 1) for i in range(24)}
+    with mock.patch.multiple("cloudlet.overlay.pack", FRAME_BYTES_WRITTEN=150, CUT_PAGES=1):
+        cut = world.create(spread, hot=[(Space.RAM, np.arange(9, dtype=np.uint32))])
     return [
         many[0],
+        cut[0],
         world.create()[0],
-        world.create(mixed, {5: page(4), 6: page(1003), 50: page(2)}, hot=hot)[0],
+        world.create(mixed, {5: page(4), 6: page(1003), 7: near(page(2007)), 50: page(2)}, hot=hot)[0],
         world.create(dict(enumerate(noise(3))), {9: page(9)})[0],
     ]
 

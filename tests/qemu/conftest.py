@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cloudlet.control.site import Site
 from cloudlet.hypervisor.driver import Capture
+from cloudlet.model import GIBIBYTE
+from cloudlet.overlay.pages import Space
 from cloudlet.settings import Settings
 from cloudlet.store.bases import Base
+from cloudlet.store.hints import HintStore
+from cloudlet.store.images import ImageStore
 from tests.conftest import KEPT
 from tests.qemu import guest
 
@@ -54,16 +60,31 @@ class Warm:
     """How often the guest's kernel had noticed that it is a copy."""
 
 
+@pytest.fixture
+def site(site: Site, tmp_path: Path) -> Site:
+    """A site whose images and hints are this test's own, where the bases are those of all tests."""
+    return replace(
+        site, images=ImageStore(tmp_path / "images", GIBIBYTE), hints=HintStore(tmp_path / "hints")
+    )
+
+
 @pytest.fixture(scope="session")
 def warm(quick_base_id: str, tmp_path_factory: pytest.TempPathFactory) -> Warm:
     """A warm guest, captured from a private instance that was neither made quiet nor shut down."""
     folder = tmp_path_factory.mktemp("warm")
-    site = Site.open(
-        Settings(
-            cache_dir=KEPT / "cache", state_dir=folder / "state", keys_dir=folder / "keys", accelerator="tcg"
-        )
+    return make_warm(Site.open(settings_in(folder)), quick_base_id, folder)
+
+
+def settings_in(folder: Path) -> Settings:
+    """Settings whose state and keys are in a folder, with the bases of all tests."""
+    return Settings(
+        cache_dir=KEPT / "cache", state_dir=folder / "state", keys_dir=folder / "keys", accelerator="tcg"
     )
-    base = site.bases.find(quick_base_id)
+
+
+def make_warm(site: Site, base_id: str, folder: Path) -> Warm:
+    """The warm guest of a site's quick base, with its files in ``folder``."""
+    base = site.bases.find(base_id)
     overlay, disk = folder / "warm.overlay", folder / "disk.raw"
     with guest.resumed(site, base) as instance:
         *counts, last = guest.shell(instance, _WARM_UP).splitlines()
@@ -86,3 +107,14 @@ def warm(quick_base_id: str, tmp_path_factory: pytest.TempPathFactory) -> Warm:
 def warm_base(site: Site, warm: Warm) -> Base:
     """The base of the warm overlay, of this test's site."""
     return site.bases.find(warm.base_id)
+
+
+@pytest.fixture(scope="session")
+def ordered(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The warm overlay with some of its pages in front, in no order in particular."""
+    overlay = tmp_path_factory.mktemp("ordered") / "ordered.overlay"
+    site = Site.open(settings_in(overlay.parent))
+    rng = random.Random(len(warm.capture.ram.numbers))
+    hot = [(Space.RAM, np.array(rng.sample(warm.capture.ram.numbers.tolist(), 300), np.uint32))]
+    guest.pack(site.bases.get(warm.base_id), warm.capture, overlay, hot=hot)
+    return overlay

@@ -18,6 +18,7 @@ import numpy as np
 
 from cloudlet.control.site import Site
 from cloudlet.hypervisor.driver import Capture
+from cloudlet.hypervisor.qemu.changed import Mapping
 from cloudlet.hypervisor.qemu.incoming import QemuIncoming
 from cloudlet.hypervisor.qemu.instance import DISK, QemuInstance
 from cloudlet.model import PAGE_BYTES, GuestPort, PublishedPort, Readiness
@@ -25,6 +26,7 @@ from cloudlet.overlay.apply import apply
 from cloudlet.overlay.create import Description, create
 from cloudlet.overlay.pagemap import PageMap
 from cloudlet.overlay.pages import PageBatch, PageSource, Space, runs_of
+from cloudlet.overlay.plan import Hot
 from cloudlet.overlay.reader import OverlayReader
 from cloudlet.overlay.root import App
 from cloudlet.sparse import copy_data, digest_file, write_at
@@ -86,8 +88,8 @@ def begin_with_nothing(waiting: QemuIncoming) -> None:
     waiting.begin(PageMap(nothing, nothing))
 
 
-def pack(base: Base, capture: Capture, output: Path, *, ports: Sequence[int] = ()) -> None:
-    """Write an unsigned overlay."""
+def pack(base: Base, capture: Capture, output: Path, *, ports: Sequence[int] = (), hot: Hot = ()) -> None:
+    """Write an unsigned overlay, of which the pages of ``hot`` come first."""
     app = App("test", ports=tuple(GuestPort(port) for port in ports), ready=Readiness.parse("agent"))
     description = Description(
         app=app,
@@ -97,7 +99,7 @@ def pack(base: Base, capture: Capture, output: Path, *, ports: Sequence[int] = (
         device_state=capture.device_state,
     )
     with output.open("wb") as out, tempfile.TemporaryFile() as spool, base.pages() as pages:
-        create(out, spool, description, capture.ram, capture.disk, pages, base.index())
+        create(out, spool, description, capture.ram, capture.disk, pages, base.index(), hot=hot)
 
 
 class FileSink:
@@ -129,17 +131,25 @@ def write_pages(descriptor: int, numbers: Pages, data: Pages) -> None:
 
 def memory_of(instance: QemuInstance) -> Pages:
     """The guest's RAM as the machine's process has it mapped."""
+    mapping = mapping_of(instance)
+    size = mapping.pages * PAGE_BYTES
+    with Path(f"/proc/{mapping.pid}/mem").open("rb", buffering=0) as memory:
+        content = os.pread(memory.fileno(), size, mapping.address)
+    assert len(content) == size
+    return np.frombuffer(content, np.uint8).reshape(-1, PAGE_BYTES)
+
+
+def mapping_of(instance: QemuInstance) -> Mapping:
+    """Where the machine's process has mapped its RAM: a memory file, or a page server's only file."""
     process = instance.record.machine
     assert process
     size = instance.machine.memory_bytes
     for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
         span, _, offset, _, _, *name = line.split(None, 5)
         start, end = (int(edge, 16) for edge in span.split("-"))
-        if name and name[0].startswith("/memfd:cloudlet-") and not int(offset, 16) and end - start == size:
-            with Path(f"/proc/{process.pid}/mem").open("rb", buffering=0) as memory:
-                content = os.pread(memory.fileno(), size, start)
-            assert len(content) == size
-            return np.frombuffer(content, np.uint8).reshape(-1, PAGE_BYTES)
+        of_ram = name and (name[0] == "/" or name[0].startswith("/memfd:cloudlet-"))
+        if of_ram and not int(offset, 16) and end - start == size:
+            return Mapping(process.pid, start, size // PAGE_BYTES)
     raise AssertionError(f"process {process.pid} has no mapping of {size} bytes")
 
 
@@ -164,14 +174,19 @@ def saved_memory_of(instance: QemuInstance) -> Pages:
     return np.frombuffer(content, np.uint8).reshape(-1, PAGE_BYTES)
 
 
-def saved_disk_of(instance: QemuInstance, base: Base, target: Path) -> None:
-    """The instance's whole disk as a raw image, read by ``qemu-img``."""
-    image = (
-        f"driver=qcow2,file.filename={instance.directory / DISK},"
-        f"backing.driver=raw,backing.file.filename={base.image().disk}"
-    )
-    command = ["qemu-img", "convert", "--force-share", "--image-opts", image, "-O", "raw", "-S", "4k"]
-    subprocess.run([*command, str(target)], check=True, timeout=120)
+def saved_disk_of(instance: QemuInstance, base: Base, target: Path, layer: Path | None = None) -> None:
+    """The instance's whole disk as a raw image, read by ``qemu-img``; it may stand on an app's layer."""
+    save_disk([instance.directory / DISK, *([layer] if layer else [])], base, target)
+
+
+def save_disk(images: Sequence[Path], base: Base, target: Path) -> None:
+    """A chain of qcow2 files over a base's disk as a raw image."""
+    options = ["driver=raw", f"file.filename={base.image().disk}"]
+    for image in reversed(images):
+        under = [f"backing.{option}" for option in options]
+        options = ["driver=qcow2", f"file.filename={image}", *under]
+    command = ["qemu-img", "convert", "--force-share", "--image-opts", ",".join(options)]
+    subprocess.run([*command, "-O", "raw", "-S", "4k", str(target)], check=True, timeout=120)
 
 
 def base_memory(base: Base) -> Pages:

@@ -21,7 +21,7 @@ from cloudlet.control.site import Site
 from cloudlet.control.source import Source
 from cloudlet.control.start import Choice, Start, choose
 from cloudlet.errors import CloudletError, NotFoundError
-from cloudlet.hypervisor.driver import Arriving, Incoming, Instance, Paging
+from cloudlet.hypervisor.driver import Arriving, Incoming, Instance, Layer, Paging
 from cloudlet.model import PublishedPort, ReadinessKind
 from cloudlet.overlay.apply import apply
 from cloudlet.overlay.arrival import Arrival
@@ -30,7 +30,7 @@ from cloudlet.overlay.pages import PageSource, runs_of
 from cloudlet.overlay.reader import OverlayReader
 from cloudlet.overlay.root import Publish, Root
 from cloudlet.store.bases import Base
-from cloudlet.store.images import Image, layer_in
+from cloudlet.store.images import layer_in
 
 READY_SECONDS = 120.0
 """Longest time from resume to readiness."""
@@ -160,9 +160,12 @@ def _start(
     """The machine, running, by the way that fits; ``stack`` ends it."""
     ports = _publish(reader.root, request.ports)
     image = site.images.find(reader.identity) if request.use_image and not request.start else None
-    if image:
+    if image and (read := image.read(reader.root)):
+        source.close()
         choice = Choice(Start.FULL, "the app's image is here")
-        return _from_image(site, base, image, reader, ports, timings, stack), Started(choice, from_image=True)
+        return _from_image(site, base, *read, reader, ports, timings, stack), Started(choice, from_image=True)
+    if image:
+        site.images.delete(image)
     rest = reader.header.file_bytes - reader.offset
     choice = choose(request.start, reader.root, rest, source.rate(), site.hypervisor.early_obstacle())
     if choice.start is Start.FULL:
@@ -192,20 +195,20 @@ def _in_full(
 def _from_image(
     site: Site,
     base: Base,
-    image: Image,
+    layer: Layer,
+    device_state: bytes,
     reader: OverlayReader,
     ports: Sequence[PublishedPort],
     timings: Timings,
     stack: ExitStack,
 ) -> Incoming:
-    layer = image.layer(reader.root)
     incoming = site.hypervisor.resume(
         base.image(), ports, name=reader.root.app.name, overlay_id=reader.identity, layer=layer
     )
     stack.callback(incoming.abort)
     timings.mark("started")
     incoming.begin(_no_pages())
-    incoming.finish(image.device_state)
+    incoming.finish(device_state)
     return incoming
 
 

@@ -4,6 +4,6 @@ Pure: it sees descriptors and streams, no paths, processes or sockets, and it ho
 format is ``docs/formats/overlay.md``. Reading, from the bottom up: :mod:`limits`, :mod:`pages`,
 :mod:`header`, :mod:`frames`, :mod:`root`, :mod:`payload`, :mod:`pagemap` say what a file is made
 of; :mod:`reader` and :mod:`table` get at its parts; :mod:`apply` builds pages from it;
-:mod:`index`, :mod:`plan`, :mod:`encode` and :mod:`create` make one; :mod:`sign` and :mod:`diff`
-take and compare whole files.
+:mod:`index`, :mod:`plan`, :mod:`encode`, :mod:`pack` and :mod:`create` make one; :mod:`sign` and
+:mod:`diff` take and compare whole files.
 """

@@ -150,10 +150,11 @@ def build(payload: PagePayload, base: BasePages, literals: Literals, room: Rows)
 
     ``literals`` holds all that the pages refer to, the frame's own among them.
     """
-    if len(payload.literals) == payload.numbers.size:
+    by_operation = payload.by_operation()
+    if by_operation.keys() == {Operation.LITERAL}:
         return payload.literals
     rows = room[: payload.numbers.size]
-    for operation, (positions, references) in payload.by_operation().items():
+    for operation, (positions, references) in by_operation.items():
         match operation:
             case Operation.ZERO:
                 rows[positions] = 0
@@ -166,7 +167,10 @@ def build(payload: PagePayload, base: BasePages, literals: Literals, room: Rows)
             case Operation.SPAN:
                 take_spans(payload.span_starts(references), literals, rows, positions)
             case Operation.LITERAL:
-                rows[positions] = payload.literals
+                rows[positions] = payload.literals_of(operation)
+            case Operation.XOR:
+                base.read_into(payload.space, payload.numbers[positions], rows, positions)
+                rows[positions] ^= payload.literals_of(operation)
     return rows
 
 

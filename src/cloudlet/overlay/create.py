@@ -8,7 +8,7 @@ Memory is bounded: one frame, 16,384 literals and their digests, and some twenty
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -19,17 +19,16 @@ import numpy as np
 from cloudlet.errors import LimitError, TruncatedError, UsageError
 from cloudlet.model import PAGE_BYTES, Machine
 from cloudlet.overlay.base import BasePages
-from cloudlet.overlay.encode import PageEncoder
-from cloudlet.overlay.frames import FrameEntry, FrameKind, Packer, compressed_size, pack_chunk
+from cloudlet.overlay.frames import compressed_size, pack_chunk
 from cloudlet.overlay.header import Header
 from cloudlet.overlay.index import PageIndex
-from cloudlet.overlay.limits import CHUNK_FRAMES, DEVICE_BYTES, FRAME_BYTES, FRAME_PAGES, MAP_BYTES
-from cloudlet.overlay.pagemap import PageMap
-from cloudlet.overlay.pages import PageSource, Positions, Runs, Space, runs_of
+from cloudlet.overlay.limits import CHUNK_FRAMES, FRAME_PAGES
+from cloudlet.overlay.pack import Content, Parts, pack_parts
+from cloudlet.overlay.pages import PageSource, Positions, Space
 from cloudlet.overlay.payload import Operation
-from cloudlet.overlay.plan import HOT_LEVEL, FramePlan, Hot, changed_positions
+from cloudlet.overlay.plan import HOT_FRAMES, Hot, changed_positions
 from cloudlet.overlay.reader import Progress
-from cloudlet.overlay.root import App, DeviceSection, Root, Totals, check_machines
+from cloudlet.overlay.root import App, DeviceSection, Root, check_machines
 from cloudlet.overlay.sign import Sign, write_head
 
 _COPY_BYTES = 1 << 20
@@ -107,107 +106,65 @@ def create(
         changed = {space: changed_positions(space, source, base) for space, source in sources.items()}
         report.captured = {space: source.numbers.size for space, source in sources.items()}
     with _timed(report, "encode"):
-        parts = _encode(spool, description, sources, changed, base, index, level, hot, progress, report)
+        content = Content(sources, changed, description.device_state)
+        parts, root, tables = _packed(spool, description, content, base, index, level, hot, progress)
+        report.pages = parts.operations
     with _timed(report, "write"):
-        _write(out, spool, description, base, parts, sign, report)
+        _write(out, spool, parts, root, tables, sign, report)
     if plain_delta:
         with _timed(report, "plain_delta"):
             report.plain_delta_bytes = compressed_size(_plain_delta(sources, changed))
     return report
 
 
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """The parts of a file; the bytes of hot and cold frames are in the spool."""
-
-    maps: Sequence[tuple[FrameEntry, bytes]]
-    devices: Sequence[tuple[FrameEntry, bytes]]
-    hot: Sequence[FrameEntry]
-    cold: Sequence[FrameEntry]
-    totals: Totals
-
-
-def _encode(
+def _packed(
     spool: BinaryIO,
     description: Description,
-    sources: Mapping[Space, PageSource],
-    changed: Mapping[Space, Positions],
+    content: Content,
     base: BasePages,
     index: PageIndex,
     level: int,
     hot: Hot,
     progress: Progress | None,
-    report: CreateReport,
-) -> _Parts:
-    packer, hot_packer = Packer(level), Packer(max(level, HOT_LEVEL))
-    plan = FramePlan.make(sources, changed, hot)
-    maps = _pack_whole(hot_packer, FrameKind.MAP, _page_map(sources, changed, plan).encode(), MAP_BYTES)
-    devices = _pack_whole(hot_packer, FrameKind.DEVICE, description.device_state, DEVICE_BYTES)
-    encoder = PageEncoder(base, index)
-    entries: list[FrameEntry] = []
-    done, total = 0, sum(positions.size for positions in changed.values())
-    for space, positions in plan.frames():
-        rows = np.ascontiguousarray(sources[space].data[positions])
-        payload = encoder.encode(space, sources[space].numbers[positions], rows)
-        raw = payload.encode().data
-        fitting = hot_packer if len(entries) < len(plan.hot) else packer
-        entry, blob = fitting.pack(FrameKind(space), raw, positions.size, len(payload.literals))
-        spool.write(blob)
-        entries.append(entry)
-        counts = np.bincount(payload.operations, minlength=len(Operation)).tolist()
-        report.pages[space].update(dict(zip(Operation, counts, strict=True)))
-        done += positions.size
-        if progress is not None:
-            progress(done, total)
-    totals = Totals(
-        device_bytes=len(description.device_state),
-        disk_pages=changed[Space.DISK].size,
-        frames=len(maps) + len(devices) + len(entries),
-        literals=encoder.literals,
-        ram_pages=changed[Space.RAM].size,
-    )
-    return _Parts(maps, devices, entries[: len(plan.hot)], entries[len(plan.hot) :], totals)
-
-
-def _page_map(
-    sources: Mapping[Space, PageSource], changed: Mapping[Space, Positions], plan: FramePlan
-) -> PageMap:
-    def runs(space: Space, positions: Positions) -> Runs:
-        return runs_of(sources[space].numbers[positions])
-
-    (hot_ram, ram_frames), (hot_disk, disk_frames) = map(plan.hot_positions, (Space.RAM, Space.DISK))
-    return PageMap(
-        ram=runs(Space.RAM, changed[Space.RAM]),
-        disk=runs(Space.DISK, changed[Space.DISK]),
-        hot_ram=runs(Space.RAM, hot_ram),
-        hot_disk=runs(Space.DISK, hot_disk),
-        hot_frames=np.concatenate((ram_frames, disk_frames)),
-    )
+) -> tuple[Parts, Root, list[bytes]]:
+    """The parts of the file, its root, and its index chunks."""
+    most = HOT_FRAMES
+    while True:
+        parts = pack_parts(spool, content, base, index, level, hot, most, progress)
+        cold = parts.cold
+        chunks = [pack_chunk(cold[at : at + CHUNK_FRAMES]) for at in range(0, len(cold), CHUNK_FRAMES)]
+        root = Root(
+            description.app,
+            base.identity,
+            description.created,
+            description.device_sections,
+            description.machine,
+            tuple(entry for entry, _ in parts.maps),
+            tuple(entry for entry, _ in parts.devices),
+            tuple(parts.hot),
+            tuple(chunk for chunk, _ in chunks),
+            parts.totals,
+        )
+        try:
+            root.encode()
+        except LimitError:
+            if not parts.hot:
+                raise
+            # More than 12 GiB changed, or the app says much of itself: the root has no room for so many.
+            most = len(parts.hot) // 2
+        else:
+            return parts, root, [table for _, table in chunks]
 
 
 def _write(
     out: BinaryIO,
     spool: BinaryIO,
-    description: Description,
-    base: BasePages,
-    parts: _Parts,
+    parts: Parts,
+    root: Root,
+    tables: list[bytes],
     sign: Sign | None,
     report: CreateReport,
 ) -> None:
-    cold = parts.cold
-    chunks = [pack_chunk(cold[at : at + CHUNK_FRAMES]) for at in range(0, len(cold), CHUNK_FRAMES)]
-    root = Root(
-        description.app,
-        base.identity,
-        description.created,
-        description.device_sections,
-        description.machine,
-        tuple(entry for entry, _ in parts.maps),
-        tuple(entry for entry, _ in parts.devices),
-        tuple(parts.hot),
-        tuple(chunk for chunk, _ in chunks),
-        parts.totals,
-    )
     root_bytes = root.encode()
     Root.decode(root_bytes)  # What a reader would refuse must not be written.
     header = write_head(out, root_bytes, root.parts_bytes, sign)
@@ -215,7 +172,7 @@ def _write(
         out.write(blob)
     spool.seek(0)
     _copy(spool, out, sum(entry.size for entry in parts.hot))
-    for chunk, table in chunks:
+    for chunk, table in zip(root.chunks, tables, strict=True):
         out.write(table)
         _copy(spool, out, chunk.size)
     _account(report, header, root, root_bytes)
@@ -234,14 +191,6 @@ def _account(report: CreateReport, header: Header, root: Root, root_bytes: bytes
     report.literal_bytes = root.totals.literals * PAGE_BYTES
     report.hot_frames = len(root.hot_frames)
     report.hot_bytes = sum(entry.size for entry in root.hot_frames)
-
-
-def _pack_whole(packer: Packer, kind: FrameKind, raw: bytes, most: int) -> list[tuple[FrameEntry, bytes]]:
-    if len(raw) > most:
-        raise LimitError(f"the {kind.name.lower()} has {len(raw)} bytes; {most} are allowed")
-    # Half a frame's limit: what does not compress grows a little.
-    piece = FRAME_BYTES // 2
-    return [packer.pack(kind, raw[at : at + piece]) for at in range(0, len(raw), piece)]
 
 
 def _copy(source: BinaryIO, out: BinaryIO, size: int) -> None:

@@ -1,8 +1,8 @@
 """From changed pages to the payload of a frame: for each page the cheapest way to say what it is.
 
 In this order: zero; equal to a page of the base (by the index, compared byte by byte); equal to an
-earlier literal of this overlay within the window; equal to a span of earlier literals; else a literal.
-Pages go through in file order.
+earlier literal of this overlay within the window; equal to a span of earlier literals; much like the page
+of the base that it replaces (XOR); else a literal. Pages go through in file order.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import deque
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cloudlet.model import PAGE_BYTES
 from cloudlet.overlay.base import BasePages
 from cloudlet.overlay.index import PageIndex, digest_rows
 from cloudlet.overlay.limits import WINDOW_LITERALS
-from cloudlet.overlay.pages import Numbers, Rows, Space, equal_rows, zero_rows
+from cloudlet.overlay.pages import Numbers, Positions, Rows, Space, equal_rows, zero_rows
 from cloudlet.overlay.payload import Operation, PagePayload
 from cloudlet.overlay.spans import SpanFinder
 
@@ -39,7 +40,7 @@ class PageEncoder:
         return self._oldest + len(self._order)
 
     def encode(self, space: Space, numbers: Numbers, rows: Rows) -> PagePayload:
-        """The payload of one frame; ``rows`` are contiguous in memory."""
+        """The payload of one frame; ``rows`` are contiguous in memory, and changed where they become XORs."""
         first = self.literals
         self._forget(before=first + numbers.size - WINDOW_LITERALS)
         operations = np.full(numbers.size, Operation.LITERAL, np.uint8)
@@ -56,6 +57,7 @@ class PageEncoder:
             same = equal_rows(self._base.read(kind, pages), rows[filled[candidates]])
             operations[filled[candidates[same]]] = operation
             references[filled[candidates[same]]] = pages[same]
+        like_base = self._like_base(space, numbers, rows, np.flatnonzero(operations == Operation.LITERAL))
         oldest = self._oldest * PAGE_BYTES
         anchors, offsets = (column.tolist() for column in self._spans.anchors(rows))
         for at, position in enumerate(filled.tolist()):
@@ -69,18 +71,43 @@ class PageEncoder:
             elif (start := self._spans.find(rows[position], *anchor, oldest)) is not None:
                 operations[position] = Operation.SPAN
                 references[position] = start
+            elif (difference := like_base.get(position)) is not None:
+                operations[position] = Operation.XOR
+                rows[position] = difference
+                # Such a literal is not the page: it counts, but nothing is to be found in it.
+                self._order.append(b"")
+                self._spans.add(difference)
             else:
                 self._known[digest] = self.literals
                 self._order.append(digest)
                 self._spans.add(rows[position], *anchor)
-        literal = operations == Operation.LITERAL
+        literal = operations >= Operation.LITERAL
         spans = operations == Operation.SPAN
         references[spans] = self.literals * PAGE_BYTES - references[spans]
         referred = references[~literal & ~zero].astype(np.uint32)
         return PagePayload(space, first, numbers, operations, referred, rows[literal])
 
+    def _like_base(
+        self, space: Space, numbers: Numbers, rows: Rows, candidates: Positions
+    ) -> dict[int, Rows]:
+        """Of the candidates that are much like the base's pages of their numbers: position, and difference.
+
+        The difference has at most half as many words that are not zero as the page. Measured: any limit from
+        a quarter to all, of these or of the 512 words, gives the same bytes within 0.5 %. This one makes the
+        fewest XORs: a page of little content stays as it is, to be found when it comes again.
+        """
+        content = rows[candidates]
+        differences = self._base.read(space, numbers[candidates]) ^ content
+        alike = 2 * _words(differences) <= _words(content)
+        return dict(zip(candidates[alike].tolist(), differences[alike], strict=True))
+
     def _forget(self, before: int) -> None:
         """Drop literals that a frame of this size might not reach."""
         while self._oldest < before and self._order:
-            del self._known[self._order.popleft()]
+            self._known.pop(self._order.popleft(), None)
             self._oldest += 1
+
+
+def _words(rows: Rows) -> NDArray[np.intp]:
+    """How many words of eight bytes of each page are not zero."""
+    return np.asarray(np.count_nonzero(rows.view(np.uint64), axis=1))

@@ -8,6 +8,7 @@ machine's size.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloudlet.errors import CorruptError
-from cloudlet.overlay.pages import Numbers, Runs, Space, numbers_of
+from cloudlet.overlay.pages import Numbers, Runs, Space, numbers_of, runs_of
 from cloudlet.overlay.root import Root
 
 _HEAD = struct.Struct("<IIII")
@@ -42,6 +43,25 @@ class PageMap:
     hot_disk: Runs = field(default_factory=_none)
     hot_frames: NDArray[np.uint16] = field(default_factory=_no_frames)
     """For each hot page, those of RAM first and in order, which of the hot frames brings it, from 0."""
+
+    @classmethod
+    def of(cls, pages: Mapping[Space, Numbers], hot: Sequence[tuple[Space, Numbers]]) -> Self:
+        """The map of an overlay with these pages, in order, and these hot frames."""
+        hot_runs, hot_frames = {}, [_no_frames()]
+        for space in Space:
+            mine = [(frame, numbers) for frame, (of, numbers) in enumerate(hot) if of is space]
+            numbers = np.concatenate([np.empty(0, np.uint32), *(numbers for _, numbers in mine)])
+            frames = np.repeat([frame for frame, _ in mine], [numbers.size for _, numbers in mine])
+            order = np.argsort(numbers)
+            hot_runs[space] = runs_of(numbers[order])
+            hot_frames.append(frames[order].astype(np.uint16))
+        return cls(
+            ram=runs_of(pages[Space.RAM]),
+            disk=runs_of(pages[Space.DISK]),
+            hot_ram=hot_runs[Space.RAM],
+            hot_disk=hot_runs[Space.DISK],
+            hot_frames=np.concatenate(hot_frames),
+        )
 
     def encode(self) -> bytes:
         tables = (self.ram, self.disk, self.hot_ram, self.hot_disk)

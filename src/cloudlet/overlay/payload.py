@@ -7,8 +7,10 @@ everything that needs no other frame, so that whoever builds the pages need not 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
@@ -24,7 +26,7 @@ _HEAD = struct.Struct("<II")
 
 
 class Operation(IntEnum):
-    """How a page comes to its content. 6 is reserved for XOR and refused."""
+    """How a page comes to its content."""
 
     ZERO = 0
     BASE_RAM = 1
@@ -32,16 +34,22 @@ class Operation(IntEnum):
     EARLIER = 3
     SPAN = 4
     LITERAL = 5
+    XOR = 6
 
 
 _CODES = {operation: int(operation) for operation in Operation}
 """As plain integers: to compare an array with a member of an enumeration takes numpy five times as long."""
-_ZERO, _LITERAL = _CODES[Operation.ZERO], _CODES[Operation.LITERAL]
+_ZERO, _SPAN, _LITERAL = _CODES[Operation.ZERO], _CODES[Operation.SPAN], _CODES[Operation.LITERAL]
 
 
 def _refers(codes: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Which pages need a reference."""
     return np.asarray((codes > _ZERO) & (codes < _LITERAL))
+
+
+def _has_literal(codes: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which pages need a literal."""
+    return np.asarray(codes >= _LITERAL)
 
 
 def oldest_reference(first_literal: int, literals: int) -> int:
@@ -98,7 +106,7 @@ class PagePayload:
 
     def by_operation(self) -> dict[Operation, tuple[Positions, Numbers]]:
         """Of each operation that occurs, in the order of the codes: the positions of its pages, and their
-        references; zeros and literals have none.
+        references; only four operations have any.
         """
         codes, counts = self.operations, np.bincount(self.operations).tolist()
         referring = codes[_refers(codes)]
@@ -107,6 +115,12 @@ class PagePayload:
             for operation, code in _CODES.items()
             if code < len(counts) and counts[code]
         }
+
+    def literals_of(self, operation: Operation) -> Rows:
+        """The literals of the pages with this operation, which is one that needs a literal."""
+        codes = self.operations[_has_literal(self.operations)]
+        mine = codes == _CODES[operation]
+        return self.literals if mine.all() else self.literals[mine]
 
     def span_starts(self, references: Numbers) -> NDArray[np.int64]:
         """Where spans with these references begin, in bytes of the sequence of all literals."""
@@ -124,13 +138,35 @@ class PagePayload:
             references=self.references[kept[_refers(self.operations)]],
         )
 
+    def split(self, parts: int) -> Iterator[PagePayload]:
+        """The same pages as payloads of several frames, one behind the other and about as long."""
+        refers, has_literal = _refers(self.operations), _has_literal(self.operations)
+        edges = np.linspace(0, self.numbers.size, parts + 1, dtype=np.intp)
+        references, literals = (
+            np.concatenate(([0], np.cumsum(some)))[edges].tolist() for some in (refers, has_literal)
+        )
+        for at, pages in enumerate(pairwise(edges.tolist())):
+            mine = slice(*pages)
+            codes, first, after = self.operations[mine], literals[at], literals[at + 1]
+            own = self.references[references[at] : references[at + 1]].copy()
+            # Spans count back from their frame's last literal, which is an earlier one now.
+            own[codes[refers[mine]] == _SPAN] -= np.uint32((len(self.literals) - after) * PAGE_BYTES)
+            yield replace(
+                self,
+                first_literal=self.first_literal + first,
+                numbers=self.numbers[mine],
+                operations=codes,
+                references=own,
+                literals=self.literals[first:after],
+            )
+
     def _check(self, machine: Machine, where: str) -> None:
         counts = np.bincount(self.operations, minlength=len(Operation)).tolist()
         if len(counts) > len(Operation):
-            raise CorruptError(f"{where} holds the reserved operation {len(counts) - 1}")
-        _, *referring, literals = counts
-        if literals != len(self.literals):
-            raise CorruptError(f"{where} uses {literals} literals and has {len(self.literals)}")
+            raise CorruptError(f"{where} holds an unknown operation, {len(counts) - 1}")
+        _, *referring, literals, xors = counts
+        if literals + xors != len(self.literals):
+            raise CorruptError(f"{where} uses {literals + xors} literals and has {len(self.literals)}")
         if sum(referring) != self.references.size:
             raise CorruptError(f"{where} does not have one reference for each page that needs one")
         spaces = {Space.RAM: machine.ram_pages, Space.DISK: machine.disk_blocks}

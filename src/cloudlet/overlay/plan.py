@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cloudlet.errors import UsageError
 from cloudlet.model import PAGE_BYTES
@@ -20,9 +19,9 @@ from cloudlet.overlay.pagemap import Coverage, PageMap
 from cloudlet.overlay.pages import Numbers, PageSource, Positions, Space, equal_rows
 
 FRAME_PAGES_WRITTEN = 64
-"""Pages of a frame. A page can be used when its frame is there, and who waits for one page gets its frame:
-256 KiB at most, mostly 80 to 190 KiB, some 0.1 s at 10 Mbit/s, where 512 pages are 0.5 to 1 s. Measured
-against 512 pages: from 5 % more bytes to 3 % fewer."""
+"""Pages of a frame, before it is cut (``pack.py``). A page can be used when its frame is there, and who waits
+for one page gets its frame; 512 pages are 0.5 to 1 s at 10 Mbit/s. Measured against 512 pages: from 5 % more
+bytes to 3 % fewer."""
 
 COLD_SPACES = (Space.DISK, Space.RAM)
 """The order of the cold part; within a space it is that of the page numbers."""
@@ -33,6 +32,10 @@ is waited for. Measured: a tenth fewer bytes than at level 3, for some seconds o
 
 HOT_FRAMES = 440
 """Hot frames at most, so that their entries fit the root; hot pages beyond come with the cold."""
+
+COLD_FRAMES = 49_152
+"""Cold frames up to which frames are cut (``pack.py``): the root has room for their chunks beside the hot
+frames. It is 4 GiB of what does not compress; whoever has more waits longer for a page."""
 
 Hot = Sequence[tuple[Space, Numbers]]
 """Pages in the order in which a resuming guest first touches them."""
@@ -58,46 +61,51 @@ def changed_positions(space: Space, source: PageSource, base: BasePages) -> Posi
 
 @dataclass(frozen=True, slots=True)
 class FramePlan:
-    """Frames as space and positions: the hot ones, then what is left of each space."""
+    """Frames as space and positions: the hot ones, then what is left of each space; and how many more of each
+    there may become.
+    """
 
     hot: tuple[tuple[Space, Positions], ...]
     cold: Mapping[Space, Positions]
+    hot_room: int
 
     @classmethod
-    def make(cls, sources: Mapping[Space, PageSource], changed: Mapping[Space, Positions], hot: Hot) -> Self:
+    def make(
+        cls,
+        sources: Mapping[Space, PageSource],
+        changed: Mapping[Space, Positions],
+        hot: Hot,
+        most_hot: int,
+    ) -> Self:
         """Hot pages that did not change, or are named again, are passed over."""
         left = {space: np.ones(source.numbers.size, np.bool_) for space, source in sources.items()}
         frames: list[tuple[Space, Positions]] = []
         for space, positions in _hot_frames(sources, changed, hot):
-            if len(frames) == HOT_FRAMES:
+            if len(frames) == most_hot:
                 break
             frames.append((space, positions))
             left[space][positions] = False
         cold = {space: positions[left[space][positions]] for space, positions in changed.items()}
-        return cls(tuple(frames), cold)
+        return cls(tuple(frames), cold, most_hot - len(frames))
 
-    def frames(self) -> Iterator[tuple[Space, Positions]]:
-        """All frames in file order."""
-        yield from self.hot
+    @property
+    def cold_room(self) -> int:
+        planned = sum(-(-positions.size // FRAME_PAGES_WRITTEN) for positions in self.cold.values())
+        return max(0, COLD_FRAMES - planned)
+
+    def cold_frames(self) -> Iterator[tuple[Space, Positions]]:
+        """The cold frames in file order."""
         for space in COLD_SPACES:
             positions = self.cold[space]
             for at in range(0, positions.size, FRAME_PAGES_WRITTEN):
                 yield space, positions[at : at + FRAME_PAGES_WRITTEN]
 
-    def hot_positions(self, space: Space) -> tuple[Positions, NDArray[np.uint16]]:
-        """What of a space is hot, sorted, and which of the hot frames brings it."""
-        mine = [(frame, positions) for frame, (of, positions) in enumerate(self.hot) if of is space]
-        positions = np.concatenate([np.empty(0, np.intp), *(positions for _, positions in mine)])
-        frames = np.repeat([frame for frame, _ in mine], [len(positions) for _, positions in mine])
-        order = np.argsort(positions)
-        return positions[order], frames[order].astype(np.uint16)
-
 
 class FrameOrder:
     """Where in the file a page is expected, as a reader knows it from the map.
 
-    The map names the frame of each hot page; cold ones have the order of :meth:`FramePlan.frames`. That says
-    what is likely and nothing that must be: a writer may do otherwise. Memory: 6 bytes per hot page.
+    The map names the frame of each hot page; cold ones have the order of :meth:`FramePlan.cold_frames`. That
+    says what is likely and nothing that must be: a writer may do otherwise. Memory: 6 bytes per hot page.
     """
 
     def __init__(self, page_map: PageMap, coverage: Mapping[Space, Coverage]) -> None:

@@ -34,7 +34,7 @@ class SpanFinder:
         self._bytes = self._ring.reshape(-1)
         self._end = 0
         self._anchors: dict[int, int] = {}
-        self._order: deque[int] = deque()
+        self._order: deque[int | None] = deque()
         self._expected = -1
 
     def anchors(self, rows: Rows) -> tuple[NDArray[np.uint64], NDArray[np.intp]]:
@@ -53,14 +53,16 @@ class SpanFinder:
         self._expected = -1
         return None
 
-    def add(self, row: Rows, anchor: int, offset: int) -> None:
-        """The page becomes the next literal."""
+    def add(self, row: Rows, anchor: int | None = None, offset: int = 0) -> None:
+        """The next literal; one without an anchor is not looked for."""
         if len(self._order) == WINDOW_LITERALS:
             first = self._end - WINDOW_LITERALS * PAGE_BYTES
-            if first <= self._anchors.get(forgotten := self._order.popleft(), -1) < first + PAGE_BYTES:
+            forgotten = self._order.popleft()
+            if forgotten is not None and first <= self._anchors.get(forgotten, -1) < first + PAGE_BYTES:
                 del self._anchors[forgotten]
         self._order.append(anchor)
-        self._anchors[anchor] = self._end + offset
+        if anchor is not None:
+            self._anchors[anchor] = self._end + offset
         self._ring[self._end // PAGE_BYTES % WINDOW_LITERALS] = row
         self._end += PAGE_BYTES
 

@@ -235,9 +235,10 @@ class Server:
 
 def _is_dying(thread: int) -> bool:
     try:
-        with open(f"/proc/{thread}/status", encoding="ascii", errors="replace") as file:  # noqa: PTH123
+        # As bytes: a codec would be imported now, which who gave up its rights may not be able to read.
+        with open(f"/proc/{thread}/status", "rb") as file:  # noqa: PTH123
             for line in file:
-                if line.startswith("SigPnd:"):
+                if line.startswith(b"SigPnd:"):
                     return bool(int(line.split()[1], 16) & _KILLED)
     except OSError:
         pass

@@ -15,7 +15,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloudlet.errors import NotFoundError
+from cloudlet.errors import IntegrityError, NotFoundError
 from cloudlet.hypervisor.driver import Layer
 from cloudlet.hypervisor.records import Workspace, folder_lock, reap
 from cloudlet.overlay.pagemap import PageMap
@@ -41,17 +41,16 @@ class Image:
     def overlay_id(self) -> str:
         return self.path.name
 
-    @property
-    def device_state(self) -> bytes:
-        return (self.path / DEVICE_STATE).read_bytes()
-
-    def layer(self, root: Root) -> Layer:
-        """Its layer, for the overlay with this root.
-
-        :raises IntegrityError: its map is not the overlay's.
-        """
-        pages = PageMap.decode((self.path / MAP).read_bytes(), root)
-        return layer_in(self.path, self.overlay_id, pages)
+    def read(self, root: Root) -> tuple[Layer, bytes] | None:
+        """Its layer and device state, for the overlay with this root; None if they are not as they were."""
+        try:
+            pages = PageMap.decode((self.path / MAP).read_bytes(), root)
+            device_state = (self.path / DEVICE_STATE).read_bytes()
+            layer = layer_in(self.path, self.overlay_id, pages)
+            sound = layer.ram.stat().st_size == root.machine.memory_bytes and layer.disk.stat().st_size > 0
+        except (OSError, IntegrityError):
+            return None
+        return (layer, device_state) if sound and len(device_state) == root.totals.device_bytes else None
 
     def bytes_on_disk(self) -> int:
         """Bytes it takes on this machine's disk."""
@@ -108,8 +107,9 @@ class ImageStore:
         with folder_lock(self.folder):
             self._make_room(size)
             target = self.folder / overlay_id
-            if target.exists():  # another start of the same app was as fast
+            if self._read(target):  # another start of the same app was as fast
                 return True
+            self._remove(target, self.folder / f".deleted-{overlay_id[:16]}")  # what is none
             staged.rename(target)
         return True
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .world import BUFFER, CONTENT, World, page
+from .world import BUFFER, CONTENT, World, near, page
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,14 @@ def small(world: World) -> bytes:
         90: BUFFER[0],
         91: BUFFER[1],
     }
-    disk = {5: page(4), 6: page(1003), 7: page(2000), 50: page(2), 60: np.full(4096, 7, np.uint8)}
+    disk = {
+        5: page(4),
+        6: page(1003),
+        7: page(2000),
+        8: near(page(2008)),
+        50: page(2),
+        60: np.full(4096, 7, np.uint8),
+    }
     disk |= {61: CONTENT[0], 62: CONTENT[1], 63: CONTENT[2]}
     data, _ = world.create(ram, disk, hot=[(Space.RAM, np.array([70, 2], np.uint32))])
     return data

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from cloudlet.errors import CorruptError, IntegrityError, MismatchError
 from cloudlet.overlay import arrival as arrival_module
+from cloudlet.overlay import pack
 from cloudlet.overlay.arrival import Arrival, PartKind
 from cloudlet.overlay.pages import Rows, Space
 from cloudlet.overlay.payload import Operation
 
 from .forge import Forged
 from .guest import Guest, guest_of
-from .world import DEVICE, DISK_PAGES, RAM_PAGES, World, page, unsigned
+from .world import DEVICE, DISK_PAGES, RAM_PAGES, World, near, page, unsigned
 
 FILE = np.arange(12 * 512, dtype="<u8").view(np.uint8)
 """Twelve pages, each of whose words is another."""
@@ -30,12 +31,17 @@ BUFFER = 72
 
 
 def written(
-    world: World, ram: dict[int, Rows], disk: dict[int, Rows], sizes: tuple[int, int], **options: Any
+    world: World, ram: dict[int, Rows], disk: dict[int, Rows], sizes: tuple[int, ...], **options: Any
 ) -> bytes:
-    """An overlay with so many pages in a frame, and so many frames in a chunk."""
+    """An overlay with so many pages in a frame, and so many frames in a chunk; with a third number, frames
+    with more bytes are cut.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cloudlet.overlay.plan.FRAME_PAGES_WRITTEN", sizes[0])
         patch.setattr("cloudlet.overlay.create.CHUNK_FRAMES", sizes[1])
+        if sizes[2:]:
+            patch.setattr(pack, "FRAME_BYTES_WRITTEN", sizes[2])
+            patch.setattr(pack, "CUT_PAGES", 1)
         return world.create(ram, disk, **options)[0]
 
 
@@ -51,12 +57,16 @@ def many(world: World) -> bytes:
 
 CONTENT = st.none() | st.integers(1, 8) | st.integers(1000, 1005) | st.integers(2000, 2005)
 HOT = st.lists(st.tuples(st.sampled_from(Space), st.lists(st.integers(0, 99), max_size=12)), max_size=4)
-SIZES = st.sampled_from([(1, 1), (2, 3), (3, 2), (7, 256), (64, 256)])
+SIZES = st.sampled_from(
+    [(1, 1), (2, 3), (3, 2), (7, 256), (64, 256), (8, 3, 120), (64, 2, 150), (64, 256, 400)]
+)
 
 
 @st.composite
-def captures(draw: st.DrawFn, pages: int) -> dict[int, Rows]:
-    """Pages of zeros, of the base, new ones that come again, and stretches of the file at any shift."""
+def captures(draw: st.DrawFn, pages: int, base: int) -> dict[int, Rows]:
+    """Pages of zeros, of the base, new ones that come again, stretches of the file at any shift, and pages
+    that are nearly the base's, whose page 0 has the seed ``base``.
+    """
     content: dict[int, Rows] = {}
     for number, seed in draw(st.dictionaries(st.integers(0, pages - 1), CONTENT, max_size=30)).items():
         content[number] = np.zeros(4096, np.uint8) if seed is None else page(seed)
@@ -68,13 +78,15 @@ def captures(draw: st.DrawFn, pages: int) -> dict[int, Rows]:
         )
         for i in range(length):
             content[start + i] = FILE[8 * shift + i * 4096 :][:4096]
+    for number in draw(st.sets(st.integers(0, pages - 1), max_size=8)):
+        content[number] = near(page(base + number))
     return content
 
 
 @st.composite
-def overlays(draw: st.DrawFn) -> tuple[dict[int, Rows], dict[int, Rows], tuple[int, int], list[object]]:
+def overlays(draw: st.DrawFn) -> tuple[dict[int, Rows], dict[int, Rows], tuple[int, ...], list[object]]:
     hot = [(space, np.array(numbers, np.uint32)) for space, numbers in draw(HOT)]
-    return draw(captures(RAM_PAGES)), draw(captures(DISK_PAGES)), draw(SIZES), hot
+    return draw(captures(RAM_PAGES, 1000)), draw(captures(DISK_PAGES, 2000)), draw(SIZES), hot
 
 
 @settings(deadline=None)
@@ -93,6 +105,8 @@ def test_any_order_gives_the_same_machine(world: World, made: tuple[Any, ...], r
             guest.take(guest.frame(number))
         assert guest.arrival.next_part() is None
         guest.check(world.apply(data))
+        for space, captured in ((Space.RAM, ram), (Space.DISK, disk)):
+            assert all((guest.pages[space][number] == row).all() for number, row in captured.items())
 
 
 @settings(deadline=None)

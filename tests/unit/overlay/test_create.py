@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from cloudlet.errors import CorruptError, LimitError, MismatchError, UsageError
 from cloudlet.model import PAGE_BYTES
-from cloudlet.overlay import limits, plan
+from cloudlet.overlay import create as create_module
+from cloudlet.overlay import limits, pack, plan
 from cloudlet.overlay.create import Description, create
 from cloudlet.overlay.frames import FrameEntry, FrameKind, pack_chunk, payload_bytes
 from cloudlet.overlay.index import PageIndex
@@ -18,7 +19,7 @@ from cloudlet.overlay.pages import PageSource, Rows, Space
 from cloudlet.overlay.payload import Operation
 from cloudlet.overlay.reader import Frame
 
-from .world import APP, DEVICE, MACHINE, SECTIONS, World, noise, page, source, unsigned
+from .world import APP, DEVICE, MACHINE, SECTIONS, World, near, noise, page, source, unsigned
 
 # Seeds of pages: some new, some of the base's RAM and disk; None is a page of zeros.
 CONTENT = st.none() | st.integers(1, 6) | st.integers(1000, 1005) | st.integers(2000, 2005)
@@ -35,7 +36,7 @@ def rows(content: dict[int, int | None]) -> dict[int, Rows]:
     st.dictionaries(st.integers(0, 63), CONTENT, max_size=40),
     HOT,
     st.integers(1, 5000),
-    st.sampled_from([(1, 1), (2, 3), (7, 2), (64, 256)]),
+    st.sampled_from([(1, 1, 96 << 10), (2, 3, 100), (7, 2, 96 << 10), (64, 256, 96 << 10), (64, 3, 150)]),
 )
 def test_what_goes_in_comes_out(
     world: World,
@@ -43,13 +44,15 @@ def test_what_goes_in_comes_out(
     disk: dict[int, int | None],
     hot: list[tuple[Space, list[int]]],
     most: int,
-    sizes: tuple[int, int],
+    sizes: tuple[int, int, int],
 ) -> None:
     """Whatever a capture holds, however frames are cut and however the stream trickles."""
     order = [(space, np.array(numbers, np.uint32)) for space, numbers in hot]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cloudlet.overlay.plan.FRAME_PAGES_WRITTEN", sizes[0])
         patch.setattr("cloudlet.overlay.create.CHUNK_FRAMES", sizes[1])
+        patch.setattr(pack, "FRAME_BYTES_WRITTEN", sizes[2])
+        patch.setattr(pack, "CUT_PAGES", 1)
         data, report = world.create(rows(ram), rows(disk), hot=order)
     rebuilt = world.apply(data, most=most)
     expected_ram, expected_disk = world.ram.copy(), world.disk.copy()
@@ -79,9 +82,37 @@ def test_each_page_takes_the_cheapest_way(world: World) -> None:
         Operation.BASE_DISK: 1,
         Operation.SPAN: 0,
         Operation.LITERAL: 0,
+        Operation.XOR: 0,
     }
     assert report.pages[Space.DISK][Operation.LITERAL] == 2
     assert report.captured == {Space.RAM: 5, Space.DISK: 3}
+
+
+def test_what_is_much_like_the_page_that_it_replaces_is_an_xor(world: World) -> None:
+    """A page of two words of which one changed; with the next one changed too, it is not."""
+    other = near(page(1007))
+    other[8] ^= 1
+    ram, disk = {5: near(page(1005)), 6: near(page(1005)), 7: other}, {9: near(page(2009))}
+    data, report = world.create(ram, disk)
+    counts = {space: {o: n for o, n in counter.items() if n} for space, counter in report.pages.items()}
+    assert counts == {Space.RAM: {Operation.XOR: 1, Operation.LITERAL: 2}, Space.DISK: {Operation.XOR: 1}}
+    rebuilt = world.apply(data)
+    assert (rebuilt.ram[5:8] == np.stack([ram[5], ram[6], ram[7]])).all()
+    assert (rebuilt.disk[9] == disk[9]).all()
+    cold = [p for p in unsigned(data).parts() if isinstance(p, Frame) and p.entry.kind.is_pages]
+    assert sum(p.entry.literals for p in cold) == 4, "an XOR's literal counts as others do"
+
+
+def test_nothing_is_found_in_the_literal_of_an_xor(world: World) -> None:
+    """A page that equals the difference is a page like others, and may be referred to."""
+    difference = near(page(1005)) ^ page(1005)
+    ram = {5: near(page(1005)), 30: difference, 31: difference, 32: near(page(1005))}
+    data, report = world.create(ram)
+    assert report.pages[Space.RAM][Operation.XOR] == 1
+    assert report.pages[Space.RAM][Operation.LITERAL] == 2
+    assert report.pages[Space.RAM][Operation.EARLIER] == 1
+    rebuilt = world.apply(data)
+    assert all((rebuilt.ram[number] == row).all() for number, row in ram.items())
 
 
 def test_an_index_that_lies_makes_no_wrong_page(world: World) -> None:
@@ -124,7 +155,7 @@ def test_hot_pages_come_first_in_the_order_of_touch(world: World, monkeypatch: p
 def test_what_is_hot_beyond_the_root_comes_with_the_cold(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "HOT_FRAMES", 1)
+    monkeypatch.setattr(create_module, "HOT_FRAMES", 1)
     monkeypatch.setattr(plan, "FRAME_PAGES_WRITTEN", 2)
     data, report = world.create(
         rows({i: i + 1 for i in range(9)}), hot=[(Space.RAM, np.arange(9, dtype=np.uint32))]
@@ -133,9 +164,62 @@ def test_what_is_hot_beyond_the_root_comes_with_the_cold(
     assert world.apply(data).came[Space.RAM] == list(range(9))
 
 
+def page_frames(data: bytes) -> list[FrameEntry]:
+    return [p.entry for p in unsigned(data).parts() if isinstance(p, Frame) and p.entry.kind.is_pages]
+
+
+def test_a_frame_that_is_large_is_cut(world: World) -> None:
+    """64 pages that do not compress, hot and cold; the map names the frames that come of it."""
+    hot = [(Space.RAM, np.arange(64, dtype=np.uint32))]
+    data, report = world.create(dict(enumerate(noise(64))), dict(enumerate(noise(64, 2))), hot=hot)
+    assert [entry.pages for entry in page_frames(data)] == [21, 21, 22] * 2
+    assert all(entry.size <= pack.FRAME_BYTES_WRITTEN for entry in page_frames(data))
+    assert report.hot_frames == 3
+    rebuilt = world.apply(data)
+    assert rebuilt.map.hot_frames.tolist() == [0] * 21 + [1] * 21 + [2] * 22
+    assert (rebuilt.ram[:64] == noise(64)).all()
+    assert (rebuilt.disk == noise(64, 2)).all()
+
+
+def test_hot_frames_are_cut_as_long_as_the_root_has_room(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(create_module, "HOT_FRAMES", 4)
+    monkeypatch.setattr(plan, "FRAME_PAGES_WRITTEN", 32)
+    hot = [(Space.RAM, np.arange(96, dtype=np.uint32))]
+    data, report = world.create(dict(enumerate(noise(96))), hot=hot)
+    assert report.hot_frames == 4
+    assert [entry.pages for entry in page_frames(data)] == [16, 16, 32, 32]
+    assert (world.apply(data).ram == noise(96)).all()
+
+
+def test_cold_frames_are_cut_as_long_as_the_root_has_room(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "FRAME_PAGES_WRITTEN", 32)
+    content = dict(enumerate(noise(96)))
+    for most, pages in ((2, [32, 32, 32]), (5, [16, 16, 16, 16, 32]), (6, [16] * 6)):
+        monkeypatch.setattr(plan, "COLD_FRAMES", most)
+        data, _ = world.create(content)
+        assert [entry.pages for entry in page_frames(data)] == pages
+        assert (world.apply(data).ram == noise(96)).all()
+
+
+def test_where_the_root_is_full_fewer_frames_are_hot(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "FRAME_PAGES_WRITTEN", 1)
+    ram, hot = rows({i: i + 1 for i in range(40)}), [(Space.RAM, np.arange(40, dtype=np.uint32)[::-1])]
+    assert world.create(ram, hot=hot)[1].hot_frames == 40
+    monkeypatch.setattr("cloudlet.overlay.root.ROOT_BYTES", 2000)
+    data, report = world.create(ram, hot=hot)
+    assert unsigned(data).header.root_bytes <= 2000
+    assert report.hot_frames == 10
+    assert report.changed_pages == 40
+    assert world.apply(data).came[Space.RAM] == [*range(39, 29, -1), *range(30)]
+
+
 def test_a_full_hot_prefix_fits_the_root(world: World) -> None:
-    """The largest entries there can be, as many as the writer makes, beside a large application and 12 GiB of
-    pages that changed.
+    """The largest entries there can be, as many as the writer makes, beside a large application and as many
+    cold frames as come of cutting: 12 GiB of pages that changed.
     """
     pages = plan.FRAME_PAGES_WRITTEN
     entry = FrameEntry(FrameKind.RAM, 270_000, payload_bytes(pages, 0, pages), pages, pages, b"\xff" * 32)
@@ -145,8 +229,9 @@ def test_a_full_hot_prefix_fits_the_root(world: World) -> None:
         root,
         hot_frames=(entry,) * plan.HOT_FRAMES,
         device_sections=SECTIONS * 40,
-        chunks=(chunk,) * ((12 << 30) // (chunk.pages * PAGE_BYTES)),
+        chunks=(chunk,) * (plan.COLD_FRAMES // chunk.frames),
     )
+    assert plan.COLD_FRAMES * pages * PAGE_BYTES == 12 << 30
     assert len(large.encode()) <= limits.ROOT_BYTES
 
 

@@ -16,7 +16,7 @@ _REFERRING = (Operation.BASE_RAM, Operation.BASE_DISK, Operation.EARLIER, Operat
 
 
 def payload(operations: list[int], numbers: list[int], references: list[int], first: int = 7) -> PagePayload:
-    literals = noise(operations.count(Operation.LITERAL))
+    literals = noise(operations.count(Operation.LITERAL) + operations.count(Operation.XOR))
     return PagePayload(
         Space.RAM,
         first,
@@ -58,9 +58,46 @@ def test_it_reads_what_it_writes(data: st.DataObject) -> None:
         assert own.tolist() == [r for o, r in zip(referring, references, strict=True) if o == operation]
 
 
-@pytest.mark.parametrize("code", [6, 7, 255])
-def test_reserved_operations_are_refused(code: int) -> None:
-    with pytest.raises(CorruptError, match="reserved"):
+@given(st.data())
+def test_a_payload_can_be_split(data: st.DataObject) -> None:
+    """The pieces follow each other, are well formed, and say the same of every page."""
+    count = data.draw(st.integers(1, 20))
+    operations = data.draw(st.lists(st.sampled_from(Operation), min_size=count, max_size=count))
+    end = (7 + sum(o >= Operation.LITERAL for o in operations)) * 4096
+    ranges = {operation: st.integers(0, 6) for operation in _REFERRING}
+    ranges[Operation.SPAN] = st.integers(end - 6 * 4096, end)
+    references = [data.draw(ranges[o]) for o in operations if o in _REFERRING]
+    made = payload(operations, list(range(count)), references)
+    pieces = [decode(piece) for piece in made.split(data.draw(st.integers(1, count)))]
+    assert max(p.numbers.size for p in pieces) - min(p.numbers.size for p in pieces) <= 1
+    literal = 7
+    for piece in pieces:
+        assert piece.first_literal == literal
+        literal += len(piece.literals)
+    whole = meaning(made)
+    assert [page for piece in pieces for page in meaning(piece)] == whole
+
+
+def meaning(made: PagePayload) -> list[tuple[int, int, object]]:
+    """Of each page: its number, its operation, and what it takes its content from."""
+    pages: dict[int, tuple[int, int, object]] = {}
+    for operation, (positions, references) in made.by_operation().items():
+        if operation is Operation.SPAN:
+            sources = made.span_starts(references).tolist()
+        elif operation in _REFERRING:
+            sources = references.tolist()
+        elif operation is Operation.ZERO:
+            sources = [None] * positions.size
+        else:
+            sources = [row.tobytes() for row in made.literals_of(operation)]
+        for at, source in zip(positions.tolist(), sources, strict=True):
+            pages[at] = int(made.numbers[at]), int(operation), source
+    return [pages[at] for at in sorted(pages)]
+
+
+@pytest.mark.parametrize("code", [7, 255])
+def test_unknown_operations_are_refused(code: int) -> None:
+    with pytest.raises(CorruptError, match="unknown operation"):
         decode(payload([0, 0], [1, 2], []), (8 + 8, bytes([code])))
 
 
@@ -69,6 +106,12 @@ def test_counts_must_fit() -> None:
     assert decode(made).references.tolist() == [5]
     with pytest.raises(CorruptError, match="literals"):
         decode(made, (8 + 12, bytes([5, 5, 1])))
+    with pytest.raises(CorruptError, match="uses 2 literals and has 1"):
+        decode(made, (8 + 12, bytes([6, 5, 1])))
+    with pytest.raises(CorruptError, match="uses 0 literals and has 1"):
+        decode(payload([0, 6, 1], [1, 2, 3], [5]), (8 + 12, bytes([0, 0, 1])))
+    with pytest.raises(CorruptError, match="one reference"):
+        decode(made, (8 + 12, bytes([6, 1, 1])))
     with pytest.raises(CorruptError, match="one reference"):
         decode(made, (8 + 12, bytes([1, 5, 1])))
     with pytest.raises(CorruptError, match="counts 2 references"):

@@ -239,6 +239,22 @@ def test_references_outside(world: World, small: bytes) -> None:
             assert "outside" in str(refuse(world, forged.data(), CorruptError).value)
 
 
+@pytest.mark.parametrize("kind", [FrameKind.RAM, FrameKind.DISK])
+def test_an_xor_without_a_literal(world: World, small: bytes, kind: FrameKind) -> None:
+    """Any page that needs no literal calls itself an XOR; all digests and sums are right."""
+    forged = Forged.of(small)
+    at = pages_of(forged, kind)
+    entry, codes = forged.frames[at][0], 8 + 4 * forged.frames[at][0].pages
+    others = [n for n in range(entry.pages) if forged.raw(at)[codes + n] < 5]
+    assert others
+    for position in others:
+        forged = Forged.of(small)
+        raw = forged.raw(at)
+        raw[codes + position] = 6
+        forged.set_raw(at, raw)
+        assert "literals and has" in str(refuse(world, forged.data(), CorruptError).value)
+
+
 def test_a_wrong_count_of_literals_before(world: World, small: bytes) -> None:
     forged = Forged.of(small)
     raw = forged.raw(4)

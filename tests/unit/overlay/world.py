@@ -38,6 +38,13 @@ def page(seed: int) -> Rows:
     return row
 
 
+def near(row: Rows) -> Rows:
+    """The page with a byte changed: where the base has the page, the difference is half of the content."""
+    changed = row.copy()
+    changed[0] ^= 0xFF
+    return changed
+
+
 def noise(pages: int, seed: int = 1) -> Rows:
     """Pages that do not compress."""
     return np.random.default_rng(seed).integers(0, 256, (pages, 4096), np.uint8)

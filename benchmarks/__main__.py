@@ -37,7 +37,7 @@ PARTS: dict[str, tuple[Callable[[Lab, Results], None], ...]] = {
     "growth": (growth.by_bytes, growth.by_memory),
     "early": (
         early.curve, early.promised, early.images, early.sizes, early.stalls, early.storm,
-        again.second, again.memory,
+        again.second, again.memory_by_way,
     ),
 }  # fmt: skip
 RESULTS = CHECKOUT / "docs" / "results"

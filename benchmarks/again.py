@@ -24,6 +24,7 @@ from cloudlet.errors import FailedError
 RATE = 100
 """Mbit/s of the link behind which the overlay stays; a start from the image reads no more than its head."""
 COUNTS = (1, 2, 4)
+_PARTS = ("all", "qemu", "network", "ram_own", "ram_shared")
 WAYS = {"early": EARLY, "image": Request(), "full": EAGER}
 _IDLE_SECONDS = 3.0
 _ANSWER_SECONDS = 60.0
@@ -50,13 +51,15 @@ def second(lab: Lab, results: Results) -> None:
                         used.result()
                         folders.append(made.instance.directory)
                     time.sleep(_IDLE_SECONDS)
-                    kib = sum(memory_of(folder)["all"] for folder in folders)
-                    results.add(f"second.{app.key}.{count}_mib", kib / 1024)
-        first, last = (results.samples[f"second.{app.key}.{n}_mib"][-1] for n in (1, len(folders)))
-        results.add(f"second.{app.key}.further_mib", (last - first) / (len(folders) - 1))
+                    memory = sum((memory_of(folder) for folder in folders), Counter[str]())
+                    for part in _PARTS:
+                        results.add(f"second.{app.key}.{count}.{part}_mib", memory[part] / 1024)
+        for part in _PARTS:
+            first, last = (results.samples[f"second.{app.key}.{n}.{part}_mib"][-1] for n in (1, len(folders)))
+            results.add(f"second.{app.key}.further.{part}_mib", (last - first) / (len(folders) - 1))
 
 
-def memory(lab: Lab, results: Results) -> None:
+def memory_by_way(lab: Lab, results: Results) -> None:
     """Eight idle instances of three apps, each having answered its ten requests, in each of the ways."""
     kinds = [apps.reference(lab.seed), apps.route_planner(), apps.heap()]
     chosen = (kinds * 3)[: lab.times(8, 3)]

@@ -89,12 +89,13 @@ def _stalls(f: Figures) -> Row:
 
 
 def _second(f: Figures) -> Row:
-    seconds, each = f(f"second.{_REFERENCE}.second_s"), f(f"second.{_REFERENCE}.further_mib")
+    seconds, each = f(f"second.{_REFERENCE}.second_s"), f(f"second.{_REFERENCE}.further.all_mib")
     return Row(
         "second and later starts of an app at a site: first answer; memory of each further instance",
         "<= 0.35 s; <= 60 MiB",
         f"{f.seconds(f'second.{_REFERENCE}.second_s')}; beside another instance "
-        f"{f.seconds(f'second.{_REFERENCE}.beside_s')}; {each:.0f} MiB",
+        f"{f.seconds(f'second.{_REFERENCE}.beside_s')}; {each:.0f} MiB, "
+        f"{f(f'second.{_REFERENCE}.further.ram_own_mib'):.0f} of it guest RAM",
         f"first start, {RATE} Mbit/s: {f.seconds(f'second.{_REFERENCE}.first_s')}",
         seconds <= 0.35 and each <= 60,
     )
@@ -185,14 +186,15 @@ def _storm_text(f: Figures) -> Iterator[str]:
 
 
 def _second_table(f: Figures) -> Iterator[str]:
-    counts = [f"{count} instances, MiB" for count in COUNTS]
+    counts = [f"MiB of {count}" for count in COUNTS]
     yield f"## Again at the same site, {RATE} Mbit/s, {RTT} ms\n"
-    yield _row("", "first start", "second", "beside others", *counts, "each further, MiB")
-    yield _row("---", *["---:"] * (len(COUNTS) + 4))
+    yield _row("", "first start", "second", "beside others", *counts, "each further", "its own RAM")
+    yield _row("---", *["---:"] * (len(COUNTS) + 5))
     for key in ("reference", "route-planner"):
         starts = (_spread(f, f"second.{key}.{which}_s") for which in ("first", "second", "beside"))
-        sums = (_number(f, f"second.{key}.{count}_mib") for count in COUNTS)
-        yield _row(APPS[key], *starts, *sums, _number(f, f"second.{key}.further_mib"))
+        sums = (_number(f, f"second.{key}.{count}.all_mib") for count in COUNTS)
+        further = (_number(f, f"second.{key}.further.{part}_mib") for part in ("all", "ram_own"))
+        yield _row(APPS[key], *starts, *sums, *further)
 
 
 def _memory_table(f: Figures) -> Iterator[str]:

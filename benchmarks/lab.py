@@ -43,6 +43,8 @@ MEMORY_MIB, MODEL_MIB = 512, 16
 MODEL = {"REFERENCE_MIB": str(MODEL_MIB)}
 """What the reference application's recipe is told."""
 _MODEL_PROGRAM = REFERENCE / "model.py"
+_PACKS = CHECKOUT / "src" / "cloudlet" / "overlay"
+_TRIES = CHECKOUT / "src" / "cloudlet" / "control" / "profile.py"
 _GUEST = CHECKOUT / "src" / "cloudlet" / "guests" / "debian"
 _SHUT_DOWN_SECONDS = 120.0
 _KIND_TO_DELTAS = "init_on_free=1"
@@ -140,7 +142,9 @@ class Lab:
         """
         base = self.base(memory_mib, ours=ours)
         words = base.id[:16], recipe.name, *environment.values(), _digest_of(recipe, _MODEL_PROGRAM)
-        path = KEPT / "overlays" / f"{'-'.join(words)}-v{VERSION}.overlay"
+        # Before the dot what the guest is made from, behind it what tries and packs it.
+        name = f"{'-'.join(words)}.{_digest_of(_PACKS, _TRIES)}-v{VERSION}.overlay"
+        path = KEPT / "overlays" / name
         if not path.exists():
             what = " ".join(["overlay", recipe.name, *environment.values(), "on", base.name])
             with self._prepares(what), _made(path) as new:
@@ -179,9 +183,9 @@ class Lab:
         :param files: what is to be put into the image besides, by its place in the guest.
         """
         overlay = overlay or self.overlay()
-        disk = KEPT / "images" / f"{overlay.stem}.raw"
+        disk = self._kept_image(overlay, "raw")
         if not disk.exists():
-            with self._prepares(f"full customised image of {overlay.stem}"), _made(disk) as new:
+            with self._prepares(f"full customised image {disk.stem}"), _made(disk) as new:
                 made = full_image(self.site, overlay, new, self.disk_changes(overlay))
                 for place, file in (files or {}).items():
                     tool(["debugfs", "-w", "-R", f"write {file} {place}", str(new)])
@@ -201,7 +205,12 @@ class Lab:
 
     def disk_changes(self, overlay: Path | None = None) -> Path:
         """What the customised image changed on the base's disk: a machine restored elsewhere needs it too."""
-        return KEPT / "images" / f"{(overlay or self.overlay()).stem}.changes.qcow2"
+        return self._kept_image(overlay or self.overlay(), "changes.qcow2")
+
+    @staticmethod
+    def _kept_image(overlay: Path, suffix: str) -> Path:
+        """A file of an overlay's guest, whatever packed the overlay."""
+        return KEPT / "images" / f"{overlay.name.partition('.')[0]}.{suffix}"
 
     def _image(self, key: str) -> Path:
         folder = KEPT / "images" / f"guest-{key}"

@@ -24,6 +24,18 @@ ports: [{port: 8080, name: web}]
 ready: http:8080/
 """
 
+EARLY_RECIPE = """\
+name: early
+files: [{from: files/, to: /www/hello/}]
+run:
+  - dd if=/dev/urandom of=/root/cold bs=64k count=32 2>/dev/null
+  - dd if=/dev/urandom of=/run/cold bs=64k count=64 2>/dev/null
+  - ln -s /run/cold /www/cold
+ports: [{port: 8080}]
+ready: http:8080/
+"""
+"""An app with 2 MiB on its disk and 4 MiB in memory that are not needed first; it serves the latter."""
+
 
 @dataclass(frozen=True)
 class Hello:
@@ -57,16 +69,26 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture(scope="session")
 def made(quick_base_id: str, tmp_path_factory: pytest.TempPathFactory) -> Hello:
     """The overlay, made by the commands that a publisher types."""
-    folder = tmp_path_factory.mktemp("hello")
+    return publish(quick_base_id, tmp_path_factory.mktemp("hello"), RECIPE)
+
+
+@pytest.fixture(scope="session")
+def made_early(quick_base_id: str, tmp_path_factory: pytest.TempPathFactory) -> Hello:
+    """An overlay of which little is needed first."""
+    return publish(quick_base_id, tmp_path_factory.mktemp("early"), EARLY_RECIPE)
+
+
+def publish(base_id: str, folder: Path, recipe_text: str) -> Hello:
+    """Make and sign an overlay as a publisher does."""
     settings = Settings(
         cache_dir=KEPT / "cache", state_dir=folder / "state", keys_dir=folder / "keys", accelerator="tcg"
     )
     cloudlet = command_line(settings)
-    recipe, output = write_recipe(folder / "recipe"), folder / "hello.overlay"
+    recipe, output = write_recipe(folder / "recipe", recipe_text), folder / "made.overlay"
     assert cloudlet("key", "create").status == 0
-    done = cloudlet("overlay", "create", quick_base_id, "--recipe", recipe, "-o", output)
+    done = cloudlet("overlay", "create", base_id, "--recipe", recipe, "-o", output)
     assert done.status == 0, done.err
-    return Hello(output, folder / "keys", recipe, quick_base_id)
+    return Hello(output, folder / "keys", recipe, base_id)
 
 
 @pytest.fixture
@@ -87,6 +109,13 @@ def hello(made: Hello, own_base: Path, settings: Settings) -> Hello:
     """The overlay, where its base is here and its key trusted."""
     shutil.copytree(made.keys, settings.keys_dir)
     return replace(made, keys=settings.keys_dir)
+
+
+@pytest.fixture
+def early(made_early: Hello, own_base: Path, settings: Settings) -> Hello:
+    """The overlay that starts early, where its base is here and its key trusted."""
+    shutil.copytree(made_early.keys, settings.keys_dir)
+    return replace(made_early, keys=settings.keys_dir)
 
 
 @pytest.fixture(autouse=True)

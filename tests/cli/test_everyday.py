@@ -131,16 +131,18 @@ def test_the_schema_of_a_recipe(cloudlet: CommandLine) -> None:
 
 @pytest.mark.qemu
 def test_run_prints_one_line_of_json(hello: Hello, cloudlet: CommandLine) -> None:
-    process = cloudlet.start("run", hello.path, "-f", "json", "--rate", "1M")
+    process = cloudlet.start("run", hello.path, "-f", "json", "--rate", "1M", "--start", "full")
     document = json.loads(first_line(process))
     done = cloudlet.end(process)
     assert (done.status, done.out) == (130, "")
     assert {name: type(value) for name, value in document.items()} == {
         "id": str, "app": str, "version": str, "endpoint": str, "endpoints": list, "base": str,
         "overlay": str, "signed_by": str, "bytes": int, "identity_renewed": bool, "seconds": dict,
+        "start": str, "start_because": str, "paging": type(None),
     }  # fmt: skip
     assert document["endpoints"] == [{"url": document["endpoint"], "guest_port": 8080, "name": "web"}]
     assert document["bytes"] == hello.path.stat().st_size
+    assert (document["start"], document["start_because"]) == ("full", "it was asked for")
     moments = document["seconds"]
     assert list(moments) == ["root", "started", "resumed", "answering", "ready"]
     assert list(moments.values()) == sorted(moments.values())

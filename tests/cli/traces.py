@@ -19,20 +19,23 @@ DEADLINE = 60.0
 
 
 def traces(settings: Settings, *folders: Path) -> list[str]:
-    """Instances, half-made bases, temporary files and processes that are there; empty is as it should be.
+    """What is there and should not be: instances, half-made bases and images, temporary files, processes.
 
     :param folders: where commands wrote their output to.
     """
-    places = [settings.instances_dir, settings.bases_dir]
-    found = [str(path) for place in places for path in _entries(place) if not _is_base(path)]
+    places = [settings.instances_dir, settings.bases_dir, settings.images_dir]
+    found = [str(path) for place in places for path in _entries(place) if not _is_whole(path)]
     for folder in (settings.cache_dir, settings.state_dir, *folders):
         found += [str(path) for path in folder.rglob("*.new") if str(path) not in found]
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    found += [line for line in mounts if " fuse cloudlet " in line]
     return found + [f"process {process.pid}" for process in marked(settings)]
 
 
 def marked(settings: Settings) -> list[ProcessId]:
     """The processes that belong to any workspace of a site, also to one whose folder is gone."""
-    marks = [f"{MARKER}={folder}/".encode() for folder in (settings.instances_dir, settings.bases_dir)]
+    places = (settings.instances_dir, settings.bases_dir, settings.images_dir)
+    marks = [f"{MARKER}={folder}/".encode() for folder in places]
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
@@ -91,5 +94,6 @@ def _entries(folder: Path) -> list[Path]:
     return []
 
 
-def _is_base(path: Path) -> bool:
-    return (path / "base.json").exists()
+def _is_whole(path: Path) -> bool:
+    """Whether it is a base or an image."""
+    return (path / "base.json").exists() or (path / "image.json").exists()

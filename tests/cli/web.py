@@ -12,8 +12,8 @@ server says so) ``/wrong-range`` (the bytes after those that were asked for, and
 ``/closing-ranges`` (the connection ends after each) ``/slow-ranges`` (never answered).
 
 And at the moment that a test chooses: from byte ``web.hold`` on a stream is not sent until ``web.go`` is
-set, where single ranges are; after each of ``web.cuts`` bytes that were sent in all a connection ends;
-``web.leave`` ends all of them, and nobody listens until ``web.back`` is set.
+set, and with ``web.hold_ranges`` no single range either; after each of ``web.cuts`` bytes that were sent in
+all a connection ends; ``web.leave`` ends all of them, and nobody listens until ``web.back`` is set.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-CUT_AFTER = 60_000
+CUT_AFTER = 30_000
 """Bytes of an answer before the connection ends."""
 _WITHOUT_RANGES = ("cut-no-ranges", "no-ranges", "claimed-ranges")
 _PIECE_SECONDS = 0.01
@@ -70,6 +70,7 @@ class Web:
     back: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
     hold: int | None = None
+    hold_ranges: bool = False
     holding: threading.Event = field(default_factory=threading.Event)
     """Somebody waits for what is held."""
     go: threading.Event = field(default_factory=threading.Event)
@@ -111,7 +112,7 @@ class Web:
         at = 0
         while at < len(body):
             place = answer.start + answer.count
-            if answer.of_stream and place == self.hold:
+            if place == self.hold if answer.of_stream else self.hold_ranges:
                 self.holding.set()
                 self.go.wait()
             piece = body[at : at + size]

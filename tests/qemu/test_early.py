@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 import threading
 from pathlib import Path
@@ -11,8 +10,8 @@ import pytest
 
 from cloudlet.control.site import Site
 from cloudlet.control.start import Start
+from cloudlet.errors import FailedError
 from cloudlet.hypervisor.driver import RunState
-from cloudlet.overlay.reader import OverlayReader
 from cloudlet.store.bases import Base
 from tests.cli.damage import hot_end
 from tests.cli.web import Web, serving
@@ -134,15 +133,15 @@ def test_what_a_guest_waited_for_is_fetched_early_the_next_time(site: Site, orde
 
 
 def test_ready_waits_for_all_that_is_hot(site: Site, ordered: Path) -> None:
-    content = ordered.read_bytes()
-    root = OverlayReader(io.BytesIO(content), None, allow_unsigned=True).root
-    with serving(content) as web:
-        web.hold = hot_end(content)
+    with serving(ordered.read_bytes()) as web:
+        web.hold = hot_end(web.content) - 1
+        with (
+            pytest.raises(FailedError, match="does not come"),
+            starting(site, f"{web.url}/whole", start=Start.READY, patience=2.0),
+        ):
+            raise AssertionError("it runs without its last hot frame")
+        web.go.set()
         with starting(site, f"{web.url}/whole", start=Start.READY) as early:
-            paging = early.progress()
-            assert paging.pages - paging.missing >= sum(entry.pages for entry in root.hot_frames)
-            assert not early.arrived.is_set()
-            web.go.set()
             early.wait()
 
 

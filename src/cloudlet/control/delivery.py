@@ -175,17 +175,21 @@ class Delivery:
 
     def _watch(self) -> None:
         assert self._incoming
+        while not self._closed_within(_LOOK_SECONDS):
+            received = min(self._source.received, self._total)
+            self._incoming.received(received, self._total)
+            if self._progress:
+                self._progress(received, self._total)
+            since = self._incoming.progress().waiting_since
+            if since is not None and time.monotonic() - since > self._patience:
+                raise FailedError(
+                    f"the guest has waited {self._patience:.0f} s for a page that does not come",
+                    hint="the link or the server is too slow; --patience waits longer",
+                )
+
+    def _closed_within(self, seconds: float) -> bool:
         with self._changed:
-            while not self._changed.wait_for(lambda: self._closed, _LOOK_SECONDS):
-                self._incoming.received(min(self._source.received, self._total), self._total)
-                if self._progress:
-                    self._progress(self._source.received, self._total)
-                since = self._incoming.progress().waiting_since
-                if since is not None and time.monotonic() - since > self._patience:
-                    raise FailedError(
-                        f"the guest has waited {self._patience:.0f} s for a page that does not come",
-                        hint="the link or the server is too slow; --patience waits longer",
-                    )
+            return self._changed.wait_for(lambda: self._closed, seconds)
 
     @contextmanager
     def _under_way_until_taken(self, part: Part) -> Iterator[None]:

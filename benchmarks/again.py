@@ -24,7 +24,7 @@ from cloudlet.errors import FailedError
 RATE = 100
 """Mbit/s of the link behind which the overlay stays; a start from the image reads no more than its head."""
 COUNTS = (1, 2, 4)
-_PARTS = ("all", "qemu", "network", "ram_own", "ram_shared")
+_PARTS = ("all", "qemu", "network", "ram_own", "ram_shared", "translated")
 WAYS = {"early": EARLY, "image": Request(), "full": EAGER}
 _IDLE_SECONDS = 3.0
 _ANSWER_SECONDS = 60.0

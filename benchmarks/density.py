@@ -60,7 +60,10 @@ def restored(lab: Lab, results: Results) -> None:
 
 
 def memory_of(folder: Path) -> Counter[str]:
-    """KiB of an instance's processes, by what they are for: PSS, and what of it is the guest's RAM."""
+    """KiB of an instance's processes, by what they are for: PSS; and what of it is the guest's RAM, or code.
+
+    The code is what QEMU has translated the guest's into, where it emulates.
+    """
     record = read_record(folder)
     assert record and record.machine and record.network
     memory: Counter[str] = Counter()
@@ -73,15 +76,17 @@ def memory_of(folder: Path) -> Counter[str]:
 
 def _of_process(process: ProcessId, name: str) -> Counter[str]:
     memory: Counter[str] = Counter()
-    of_ram = False
+    of_ram = of_code = False
     for line in Path(f"/proc/{process.pid}/smaps").read_text().splitlines():
         field, _, rest = line.partition(":")
         if re.fullmatch(r"[0-9a-f]+-[0-9a-f]+ .*", line):
-            of_ram = bool(_MEMORY.search(line))
+            of_ram, of_code = bool(_MEMORY.search(line)), " rwxp " in line
         elif field == "Pss":
             memory[name] += int(rest.split()[0])
             if of_ram:
                 memory["ram_shared"] += int(rest.split()[0])
+            elif of_code:
+                memory["translated"] += int(rest.split()[0])
         elif field == "Rss" and of_ram:
             memory["ram_mapped"] += int(rest.split()[0])
         elif field == "Anonymous" and of_ram:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 
 from benchmarks import apps, plain
 from benchmarks.answers import url_of, wait_answer
@@ -164,7 +165,7 @@ def storm(lab: Lab, results: Results) -> None:
                 paging = made.started.progress()
                 assert paging
                 results.add("storm.stalls", paging.stalls)
-            with suppress(OSError):
+            with suppress(OSError, HTTPException):
                 reading.result()
 
 

@@ -277,6 +277,14 @@ def test_damage_behind_the_hot_part(
     assert list(settings.images_dir.glob("*/image.json")) == []
 
 
+def test_damage_in_the_hot_part(web: Web, cloudlet: CommandLine, settings: Settings) -> None:
+    """The machine has begun to run, and may have answered."""
+    web.content = flipped(web.content, hot_end(web.content) - 10, 3)
+    done = cloudlet("-q", "run", f"{web.url}/whole", "--start", "hot", timeout=DEADLINE)
+    assert "digest" in refused_after_start(done, 7)
+    nothing_left(settings)
+
+
 @pytest.mark.parametrize(
     ("how", "status"),
     [("lying-range", 7), ("wrong-range", 1), ("short-range", 1), ("changed-ranges", 7), ("slow-ranges", 1)],
@@ -384,17 +392,16 @@ def test_without_fuse_an_overlay_is_made_and_says_so(
     _, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 0, err
     assert "this overlay will not start early: /dev/fuse is missing" in err
-    late = _run_json(cloudlet, output, "--rate", "10M")
+    late = _run_json(cloudlet, output, "--rate", "40M")
     assert (late["start"], late["start_because"]) == ("full", "the overlay does not say what is needed first")
 
-    process = _without_fuse(
-        cloudlet, tmp_path, "overlay", "reorder", str(output), "-o", str(tmp_path / "x.overlay")
-    )
+    again = str(tmp_path / "again.overlay")
+    process = _without_fuse(cloudlet, tmp_path, "overlay", "reorder", str(output), "-o", again)
     out, err = process.communicate(timeout=DEADLINE)
     assert "modprobe fuse" in refused(Finished(process.returncode, out, err), 4)
 
     assert cloudlet("-q", "overlay", "reorder", output, "-o", again).status == 0
-    assert _run_json(cloudlet, again, "--rate", "10M")["start"] == "hot"
+    assert _run_json(cloudlet, again, "--rate", "40M")["start"] == "hot"
     nothing_left(settings)
 
 

@@ -138,7 +138,7 @@ def test_run_prints_one_line_of_json(hello: Hello, cloudlet: CommandLine) -> Non
     assert {name: type(value) for name, value in document.items()} == {
         "id": str, "app": str, "version": str, "endpoint": str, "endpoints": list, "base": str,
         "overlay": str, "signed_by": str, "bytes": int, "identity_renewed": bool, "seconds": dict,
-        "start": str, "start_because": str, "paging": type(None),
+        "start": str, "start_because": str, "start_hint": str, "paging": type(None),
     }  # fmt: skip
     assert document["endpoints"] == [{"url": document["endpoint"], "guest_port": 8080, "name": "web"}]
     assert document["bytes"] == hello.path.stat().st_size

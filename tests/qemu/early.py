@@ -169,6 +169,34 @@ def check_arrival(site: Site, base: Base, warm: Warm, twin: Twin, seed: int, fol
     return f"{web.rate / 1e6:.1f} MB/s, {cuts} cuts, {stalls} stalls{', writes' if writes else ''}"
 
 
+def check_captures(site: Site, base: Base, warm: Warm, seed: int, folder: Path) -> str:
+    """Capture a guest that writes all over itself while its pages arrive, and one that does so on its image.
+
+    :raises AssertionError: a page or a block is not what QEMU has.
+    """
+    rng = random.Random(seed)
+    overlay = folder / f"{seed}.overlay"
+    guest.pack(base, warm.capture, overlay, hot=random_hot(warm.capture, rng, rng.randrange(1, 800)))
+    with serving(overlay.read_bytes()) as web:
+        web.rate = rng.uniform(4e6, 20e6)
+        with starting(site, f"{web.url}/whole") as early:
+            guest.shell(early.instance, write_on(rng))
+            check_capture(early, site, base, folder)
+    with starting(site, str(overlay), start=None) as early:
+        assert early.made.started.from_image, "it was not started from its image"
+        guest.shell(early.instance, write_on(rng))
+        check_capture(early, site, base, folder)
+    site.images.delete(site.images.get(image_of(site, early.made).name))
+    return f"{web.rate / 1e6:.1f} MB/s"
+
+
+def write_on(rng: random.Random) -> str:
+    """Shell commands that begin to write all over a guest's memory and disk, and go on."""
+    size = rng.randrange(1, 8)
+    disk = f"dd if=/dev/urandom of=/root/known bs=1M count={size} seek={8 - size} conv=notrunc"
+    return f"{disk} 2>/dev/null; (while true; do {WRITE} done) >/dev/null 2>&1 &"
+
+
 def check_against(early: Early, site: Site, base: Base, twin: Twin, folder: Path) -> None:
     """Pause a machine of which all is here, and compare it and its image with the twin; it goes on then."""
     instance = early.instance

@@ -20,13 +20,13 @@ from tests.qemu.conftest import Warm, settings_in
 from tests.qemu.early import (
     ARRIVAL_SECONDS,
     KNOWN,
-    WRITE,
     Twin,
     check_arrival,
     check_capture,
     image_of,
     read_pieces,
     starting,
+    write_on,
 )
 
 pytestmark = pytest.mark.qemu
@@ -59,7 +59,7 @@ def test_a_capture_waits_for_what_is_missing_and_has_all(
         web.hold = hot_end(web.content) + DISK_BYTES
         with starting(site, f"{web.url}/whole") as early:
             # It goes on to write while the rest comes and while it is captured.
-            guest.shell(early.instance, f"(while true; do {WRITE} done) >/dev/null 2>&1 &")
+            guest.shell(early.instance, write_on(random.Random(SEED)))
             done = threading.Event()
 
             def capture() -> None:

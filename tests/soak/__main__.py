@@ -2,7 +2,8 @@
 
 It makes a site of its own in a temporary folder, prints its seed (``--seed`` throws the same dice again:
 the same signals at the same moments, the same places in an overlay of the same size), and writes what
-came of it to ``docs/results/soak-main.md``. The exit code is 1 if anything was not as it should be.
+came of it to ``docs/results/soak-main.md``, of early starts to ``soak-early.md``; ``--only`` makes one of
+them. The exit code is 1 if anything was not as it should be.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ from tests.cli.moments import (
 from tests.cli.traces import running, traces
 from tests.conftest import KEPT, CommandLine
 from tests.images.build import TestImage, build
+from tests.soak.early import cut_early_starts, early_starts
 
 FUZZER = Path(__file__).parents[1] / "fuzz" / "fuzz_overlay.py"
-RESULTS = Path(__file__).parents[2] / "docs" / "results" / "soak-main.md"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 @dataclass
@@ -63,6 +65,8 @@ class Soak:
     scale: float
     base_id: str = ""
     rows: list[Row] = field(default_factory=list)
+    about: str = ""
+    """What else there is to say of the overlays."""
 
     @property
     def settings(self) -> Settings:
@@ -241,28 +245,35 @@ def another_base(soak: Soak) -> list[str | Path]:
     return [*import_arguments(soak.image), "--cpus", "2"]
 
 
-def report(soak: Soak, began: float) -> str:
-    """The results as a page."""
+PARTS: dict[str, tuple[Callable[[Soak], None], ...]] = {
+    "main": (damaged_overlays, damaged_exports, fuzzed_reader, killed_commands, interrupted_commands),
+    "early": (early_starts, cut_early_starts),
+}
+TITLES = {"main": "Faults in large numbers", "early": "Early starts in large numbers"}
+
+
+def report(soak: Soak, part: str, rows: list[Row], seconds: float) -> str:
+    """The results of a part as a page."""
     qemu = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True)
     lines = [
-        "# Faults in large numbers",
+        f"# {TITLES[part]}",
         "",
-        f"Made by `python -m tests.soak --seed {soak.seed} --scale {soak.scale:g}` on "
-        f"{datetime.now(UTC):%Y-%m-%d}, in {(time.monotonic() - began) / 60:.0f} minutes, with "
+        f"Made by `python -m tests.soak --only {part} --seed {soak.seed} --scale {soak.scale:g}` on "
+        f"{datetime.now(UTC):%Y-%m-%d}, in {seconds / 60:.0f} minutes, with "
         f"QEMU {qemu.stdout.split()[3]}, Python "
         f"{platform.python_version()} and Linux {platform.release().partition('-')[0]}. "
         f"The guest is the tests' quick guest under TCG; its overlay has "
-        f"{soak.overlay.stat().st_size:,} bytes.",
+        f"{soak.overlay.stat().st_size:,} bytes.{soak.about}",
         "",
         "| fault | expected | tried | not so | seconds |",
         "|---|---|---:|---:|---:|",
         *(
             f"| {row.name} | {row.expected} | {row.tries} | {len(row.problems)} | {row.seconds:.0f} |"
-            for row in soak.rows
+            for row in rows
         ),
         "",
     ]
-    if problems := [problem for row in soak.rows for problem in row.problems]:
+    if problems := [problem for row in rows for problem in row.problems]:
         lines += ["What was not as expected:", "", *(f"- `{problem}`" for problem in problems), ""]
     return "\n".join(lines)
 
@@ -271,11 +282,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--scale", type=float, default=1.0, help="so many times the usual counts")
-    parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="the page to write")
+    parser.add_argument("--only", choices=list(PARTS), help="make this part of it")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="the folder to write pages to")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     print(f"seed {options.seed}", flush=True)
-    began = time.monotonic()
+    options.output.mkdir(parents=True, exist_ok=True)
     (KEPT / "images").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cloudlet-soak-") as temporary:
         folder = Path(temporary)
@@ -289,20 +301,15 @@ def main() -> int:
         soak = Soak(command_line(settings), folder, image, options.seed, options.scale)
         try:
             soak.set_up()
-            for part in (
-                damaged_overlays,
-                damaged_exports,
-                fuzzed_reader,
-                killed_commands,
-                interrupted_commands,
-            ):
-                part(soak)
+            for part in [options.only] if options.only else PARTS:
+                began, before = time.monotonic(), len(soak.rows)
+                for faults in PARTS[part]:
+                    faults(soak)
+                page = report(soak, part, soak.rows[before:], time.monotonic() - began)
+                (options.output / f"soak-{part}.md").write_text(page)
+                print(page)
         finally:
             soak.cloudlet("ps")  # removes what is left of what was killed, before its folder goes
-        page = report(soak, began)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(page)
-    print(page)
     return int(any(row.problems for row in soak.rows))
 
 

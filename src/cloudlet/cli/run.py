@@ -284,6 +284,7 @@ def _document(synthesised: Synthesised) -> dict[str, Any]:
         "identity_renewed": synthesised.renewed,
         "start": "image" if synthesised.started.from_image else synthesised.started.choice.start.value,
         "start_because": synthesised.started.choice.why,
+        "start_hint": synthesised.started.choice.hint,
         "paging": asdict(paging) if (paging := synthesised.started.progress()) else None,
         "seconds": synthesised.timings.moments,
     }

@@ -27,6 +27,7 @@ from cloudlet.hypervisor.qemu.incoming import (
     Starting,
     Stream,
     full_disk_is_capacity,
+    no_room_for_a_layer,
     wait_network,
 )
 from cloudlet.hypervisor.qemu.instance import DISK, UEFI_VARS, QemuInstance
@@ -208,7 +209,7 @@ class QemuHypervisor:
         self.check(base.machine)
         with ExitStack() as on_error, ExitStack() as always:
             workspace, bound = self._begin(ports, on_error)
-            with full_disk_is_capacity():
+            with no_room_for_a_layer():
                 writer = LayerWriter(layer, base.machine)
             on_error.callback(writer.close)
             touched = workspace.path / "touched" if record_touched else None

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloudlet.hypervisor.driver import Paging, Wanted
-from cloudlet.hypervisor.qemu.incoming import Starting, Stream, full_disk_is_capacity
+from cloudlet.hypervisor.qemu.incoming import Starting, Stream, no_room_for_a_layer
 from cloudlet.hypervisor.qemu.instance import QemuInstance
 from cloudlet.hypervisor.qemu.layer import LayerWriter
 from cloudlet.hypervisor.qemu.page_server import PageServer
@@ -55,7 +55,7 @@ class QemuArriving:
 
     def pages(self, batch: PageBatch) -> None:
         """Put verified pages where the guest finds them, and wake what waits for them."""
-        with full_disk_is_capacity():
+        with no_room_for_a_layer():
             places = self._writer.write(batch)
         self._server.arrived(FILES.index(batch.space), places.astype(np.uint32))
 

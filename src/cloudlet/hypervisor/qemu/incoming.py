@@ -186,13 +186,19 @@ class QemuIncoming:
             return False
 
 
+def no_room_for_a_layer() -> contextlib.AbstractContextManager[None]:
+    """The same for the files of an app's pages."""
+    return full_disk_is_capacity("the app's pages", "free space in the cache folder, or set --cache-dir")
+
+
 @contextlib.contextmanager
-def full_disk_is_capacity() -> Iterator[None]:
+def full_disk_is_capacity(
+    what: str = "the instance's disk", hint: str = "free space in the state folder, or set --state-dir"
+) -> Iterator[None]:
+    """Turn a full file system into the error that says so."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise CapacityError(
-                "no room for the instance's disk", hint="free space in the state folder, or set --state-dir"
-            ) from error
+            raise CapacityError(f"no room for {what}", hint=hint) from error
         raise

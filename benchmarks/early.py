@@ -7,10 +7,12 @@ link would only prolong is computed from its bytes, and the figures say so.
 from __future__ import annotations
 
 import io
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.client import HTTPException
 
 from benchmarks import apps, plain
@@ -24,6 +26,7 @@ from cloudlet.control.source import open_source
 from cloudlet.control.start import Start
 from cloudlet.control.synthesis import Request, Synthesised, synthesise
 from cloudlet.hypervisor.driver import Instance
+from cloudlet.model import PublishedPort
 
 RATES = (5, 10, 25, 100, 1000)
 """Mbit/s."""
@@ -40,6 +43,7 @@ EAGER = Request(start=Start.FULL, use_image=False)
 _SLOWEST_FOR_ALL = 10
 """Below this rate nobody waits until all has been touched."""
 _ANSWER_SECONDS = 300.0
+_PAUSE = 0.005
 
 Client = Callable[[str, float], None]
 """Uses the application at a URL; is told the moment at which the first byte was asked for."""
@@ -49,16 +53,27 @@ Client = Callable[[str, float], None]
 def running(
     lab: Lab, where: str, request: Request, client: Client, arrived: Callable[[], None] | None = None
 ) -> Iterator[tuple[Synthesised, Future[None]]]:
-    """A start, ready, and what becomes of the client, who uses it as soon as it answers."""
+    """A start, ready, and what becomes of the client, who asks from the start (:func:`known`) or later."""
     began = time.monotonic()
     using: list[Future[None]] = []
     with ThreadPoolExecutor(1, "client") as threads, open_source(where, io.BytesIO()) as source:
+        if request.ports:
+            url = f"http://127.0.0.1:{request.ports[0].host_port}"
+            using.append(threads.submit(client, url, began))
 
         def answers(instance: Instance) -> None:
-            using.append(threads.submit(client, url_of(instance), began))
+            if not using:
+                using.append(threads.submit(client, url_of(instance), began))
 
         with synthesise(lab.site, source, request, answering=answers, arrived=arrived) as made:
             yield made, using[0]
+
+
+def known(request: Request, app: App) -> Request:
+    """A request for a client who knows where the app will answer: the port is bound from the start."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return replace(request, ports=(PublishedPort(app.port, host_port=port),))
 
 
 def start(lab: Lab, where: str, request: Request, client: Client) -> Synthesised:
@@ -89,11 +104,13 @@ def curve(lab: Lab, results: Results) -> None:
                 name = f"early.{app.key}.{rate}.{rtt}"
                 whole = rtt == RTT and rate >= _SLOWEST_FOR_ALL and not lab.quick
                 with link(overlay, rate, rtt) as url:
-                    made = start(lab, url, EARLY, _asks(app, results, name, tenth=True, whole=whole))
+                    made = start(
+                        lab, url, known(EARLY, app), _asks(app, results, name, tenth=True, whole=whole)
+                    )
                 results.add(f"{name}.answering_s", made.timings.moments["answering"])
             if wire(size, rate) <= (_QUICK_WAIT if lab.quick else LONGEST_WAIT):
                 with link(overlay, rate, RTT) as url:
-                    start(lab, url, EAGER, _asks(app, results, f"eager.{app.key}.{rate}"))
+                    start(lab, url, known(EAGER, app), _asks(app, results, f"eager.{app.key}.{rate}"))
 
 
 def promised(lab: Lab, results: Results) -> None:
@@ -103,7 +120,7 @@ def promised(lab: Lab, results: Results) -> None:
         for rate in PROMISED_RATES:
             name = f"early.{app.key}.{rate}.{RTT}"
             with link(overlay_of(lab, app), rate, RTT) as url:
-                made = start(lab, url, EARLY, _asks(app, results, name, tenth=True))
+                made = start(lab, url, known(EARLY, app), _asks(app, results, name, tenth=True))
             results.add(f"{name}.answering_s", made.timings.moments["answering"])
 
 
@@ -132,7 +149,7 @@ def sizes(lab: Lab, results: Results) -> None:
             for mib, app in heaps.items():
                 name = f"early.size.{mib}.{rate}"
                 with link(overlays[mib], rate, RTT) as url:
-                    made = start(lab, url, EARLY, _asks(app, results, name))
+                    made = start(lab, url, known(EARLY, app), _asks(app, results, name))
                 results.add(f"{name}.answering_s", made.timings.moments["answering"])
 
 
@@ -173,7 +190,7 @@ def _asks(app: App, results: Results, name: str, *, tenth: bool = False, whole: 
     """Asks the first request, the other nine, and for all; the moments after the first byte was asked for."""
 
     def use(url: str, began: float) -> None:
-        app.first(url, _ANSWER_SECONDS)
+        _first(app, url)
         results.add(f"{name}.first_s", time.monotonic() - began)
         if tenth:
             for request in app.requests[1:]:
@@ -184,6 +201,18 @@ def _asks(app: App, results: Results, name: str, *, tenth: bool = False, whole: 
             results.add(f"{name}.all_s", time.monotonic() - began)
 
     return use
+
+
+def _first(app: App, url: str) -> None:
+    """Ask until it is answered: where nothing listens yet, again and again."""
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    while True:
+        try:
+            return app.first(url, _ANSWER_SECONDS)
+        except (OSError, HTTPException):
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_PAUSE)
 
 
 def _reads_all(app: App) -> Client:

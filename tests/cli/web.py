@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-CUT_AFTER = 30_000
+CUT_AFTER = 20_000
 """Bytes of an answer before the connection ends."""
 _WITHOUT_RANGES = ("cut-no-ranges", "no-ranges", "claimed-ranges")
 _PIECE_SECONDS = 0.01

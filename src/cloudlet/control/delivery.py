@@ -27,7 +27,8 @@ PATIENCE = 60.0
 """Longest time that a guest waits for a page, or nothing comes from the source, in seconds."""
 
 _NEAR_BYTES = 64 << 10
-"""What the stream brings so soon is not worth a request of its own."""
+"""What the stream brings so soon is not worth a request of its own, unless the stream stands still."""
+_STANDS_SECONDS = 1.0
 _LOOK_SECONDS = 0.25
 
 
@@ -57,7 +58,9 @@ class Delivery:
         self._incoming: Arriving | None = None
         self._changed = threading.Condition()
         self._wanted: dict[tuple[Space, int], None] = {}
-        self._under_way: set[Part] = set()
+        self._fetching: set[Part] = set()
+        self._streaming: Part | None = None
+        self._stream_at = (0, time.monotonic())
         self._closed = False
         self._threads: list[threading.Thread] = []
 
@@ -108,10 +111,9 @@ class Delivery:
 
     def _stream(self, arrived: Callable[[], None]) -> None:
         while (part := self._next()) is not None:
-            with self._under_way_until_taken(part):
-                if part.place.offset != self._source.offset:
-                    self._source.seek(part.place.offset)
-                self._take(part, self._read(part))
+            if part.place.offset != self._source.offset:
+                self._source.seek(part.place.offset)
+            self._take(part, self._read(part))
         if self._closed:
             return
         if self._source.offset == self._total and self._source.read(1):
@@ -129,8 +131,8 @@ class Delivery:
         with self._changed:
             while not self._closed:
                 part = self._arrival.next_part()
-                if part is None or part not in self._under_way:
-                    self._under_way.update([part] if part else [])
+                if part is None or part not in self._fetching:
+                    self._streaming = part
                     return part
                 self._changed.wait()
         return None
@@ -138,7 +140,7 @@ class Delivery:
     def _fetch(self) -> None:
         while (found := self._choose()) is not None:
             part, waited_for = found
-            with self._under_way_until_taken(part):
+            with self._until_taken(part):
                 self._take(part, self._source.fetch(part.place.offset, part.place.size))
             if waited_for and part.kind is PartKind.FRAME:
                 self.asked.append(part.number)
@@ -149,9 +151,9 @@ class Delivery:
             while not self._closed:
                 waited_for = self._waited_for()
                 if (part := waited_for or self._hinted()) is not None:
-                    self._under_way.add(part)
+                    self._fetching.add(part)
                     return part, waited_for is not None
-                self._changed.wait()
+                self._changed.wait(_LOOK_SECONDS if self._wanted else None)
         return None
 
     def _waited_for(self) -> Part | None:
@@ -160,15 +162,23 @@ class Delivery:
             if not parts and self._arrival.is_built(space, number):
                 del self._wanted[space, number]
             for part in parts:
-                ahead = part.place.offset - self._source.offset
-                if part not in self._under_way and not 0 <= ahead < _NEAR_BYTES:
+                if part not in self._fetching and not self._is_streamed_soon(part):
                     return part
         return None
+
+    def _is_streamed_soon(self, part: Part) -> bool:
+        """Whether the stream is about to bring a part; one that stands still is not."""
+        offset, now = self._source.offset, time.monotonic()
+        if offset != self._stream_at[0]:
+            self._stream_at = offset, now
+        if now - self._stream_at[1] > _STANDS_SECONDS:
+            return False
+        return part == self._streaming or 0 <= part.place.offset - offset < _NEAR_BYTES
 
     def _hinted(self) -> Part | None:
         while self._hints and self._arrival.hot_here:
             part = self._arrival.part_of_frame(self._hints[0])
-            if part is not None and part not in self._under_way:
+            if part is not None and part not in self._fetching and part != self._streaming:
                 return part
             del self._hints[0]
         return None
@@ -192,12 +202,12 @@ class Delivery:
             return self._changed.wait_for(lambda: self._closed, seconds)
 
     @contextmanager
-    def _under_way_until_taken(self, part: Part) -> Iterator[None]:
+    def _until_taken(self, part: Part) -> Iterator[None]:
         try:
             yield
         finally:
             with self._changed:
-                self._under_way.discard(part)
+                self._fetching.discard(part)
                 self._changed.notify_all()
 
     def _take(self, part: Part, blob: bytes) -> None:
@@ -207,6 +217,7 @@ class Delivery:
                 return
             for batch in self._arrival.take(part, blob):
                 self._incoming.pages(batch)
+            self._changed.notify_all()
 
     def _read(self, part: Part) -> bytes:
         """The bytes of a part at which the stream stands."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from cloudlet.control import identity
@@ -250,7 +250,8 @@ def _early(
         timings.mark("arrived")
         site.hints.add(identity_, root.totals.frames, delivery.asked)
         if request.use_image:
-            site.images.adopt(folder, identity_, root, device_state, page_map)
+            with suppress(OSError, CloudletError):  # the machine has all it needs, image or not
+                site.images.adopt(folder, identity_, root, device_state, page_map)
         if arrived:
             arrived()
 

@@ -23,11 +23,6 @@ def open_device() -> int:
     return os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def try_to_mount() -> None:
-    """Do what takes the right to mount, and nothing else; ``OSError`` where it is missing."""
-    os.close(_open())
-
-
 def mount(device: int) -> int:
     """A mount whose root is a regular file; ``device`` is its other end. Returns an O_PATH descriptor.
 

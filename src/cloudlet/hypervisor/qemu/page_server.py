@@ -74,8 +74,12 @@ def obstacle() -> str:
     if not hugepages.known_here():
         return f"an early start is not known on a {os.uname().machine} processor"
     try:
-        os.close(mount.open_device())
-        mount.try_to_mount()
+        # A mount that nobody serves and nobody opens: it is gone with its descriptors.
+        device = mount.open_device()
+        try:
+            os.close(mount.mount(device))
+        finally:
+            os.close(device)
     except OSError as error:
         match error.errno:
             case errno.ENOENT | errno.ENODEV | errno.ENXIO:

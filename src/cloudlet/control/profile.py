@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from cloudlet.control import identity
-from cloudlet.control.readiness import guest_port, wait_ready
+from cloudlet.control.readiness import WHILE_ARRIVING, guest_port, wait_ready
 from cloudlet.control.site import Site
 from cloudlet.errors import FailedError
 from cloudlet.hypervisor.driver import Arriving, Instance
@@ -112,7 +112,7 @@ class Trial:
     def _use(self, instance: Instance) -> None:
         """What every clone does until it is ready, and what its first users do."""
         if self.app.ready.kind is not ReadinessKind.SERIAL:
-            wait_ready(instance, self.app.ready, READY_SECONDS)
+            wait_ready(instance, self.app.ready, READY_SECONDS, first_try=WHILE_ARRIVING)
         name = identity.host_name(self.app.name, instance.id)
         identity.renew(instance.agent, self.base.description.guest, name)
         run_here(self.site, self.warm_up.commands, self.warm_up.folder, _endpoints(instance), "warm-up")

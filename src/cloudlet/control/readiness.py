@@ -20,7 +20,11 @@ from cloudlet.hypervisor.driver import GuestAgent
 from cloudlet.model import Endpoint, Readiness, ReadinessKind
 from cloudlet.sparse import tail_of
 
-_FIRST_TRY, _LONGEST_TRY = 0.5, 10.0
+FIRST_TRY, _LONGEST_TRY = 0.5, 10.0
+WHILE_ARRIVING = 10.0
+"""Seconds for the first question to a guest whose pages are still coming: it was heard, and to ask again
+would only have the guest begin another answer, with pages of its own."""
+
 _PAUSE = 0.01
 _TAIL_BYTES = 1 << 16
 _LONGEST_STATUS = 1024
@@ -41,15 +45,23 @@ class Watched(Protocol):
     def wait(self, timeout: float | None = None) -> bool: ...
 
 
-def wait_ready(instance: Watched, rule: Readiness, timeout: float, *, console_from: int = 0) -> float:
+def wait_ready(
+    instance: Watched,
+    rule: Readiness,
+    timeout: float,
+    *,
+    console_from: int = 0,
+    first_try: float = FIRST_TRY,
+) -> float:
     """Wait until the rule holds; the seconds it took.
 
+    :param first_try: seconds for the first question, see `WHILE_ARRIVING`.
     :param console_from: for a ``serial:`` rule, where in the console log to begin, in bytes.
     :raises FailedError: it does not hold within ``timeout`` seconds, or the machine ended.
     """
     began = time.monotonic()
     ask = _question(instance, rule, console_from)
-    patience = _FIRST_TRY
+    patience = first_try
     while (said := ask(min(patience, max(0.05, began + timeout - time.monotonic())))) != _YES:
         if time.monotonic() - began > timeout:
             what = f"not ready ({rule}) after {timeout:.0f} s: {said}"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from cloudlet.control import identity
 from cloudlet.control.delivery import PATIENCE, Delivery
-from cloudlet.control.readiness import guest_port, wait_ready
+from cloudlet.control.readiness import FIRST_TRY, WHILE_ARRIVING, guest_port, wait_ready
 from cloudlet.control.site import Site
 from cloudlet.control.source import Source
 from cloudlet.control.start import Choice, Start, choose
@@ -122,7 +122,8 @@ def synthesise(
             instance = incoming.instance
             # What an app printed before it was captured it does not print again: it is ready as it is.
             if root.app.ready.kind is not ReadinessKind.SERIAL:
-                wait_ready(instance, root.app.ready, READY_SECONDS)
+                first_try = WHILE_ARRIVING if started.arriving else FIRST_TRY
+                wait_ready(instance, root.app.ready, READY_SECONDS, first_try=first_try)
             timings.mark("answering")
             if answering and root.app.publish is Publish.ANSWERING:
                 answering(instance)

@@ -1,10 +1,10 @@
 """A trial: what a resumed guest touches first, page by page, until it has answered and been warmed up.
 
-The trial does what every clone does (it resumes, answers, and gets its identity), and then what the
-publisher's ``warm-up`` commands ask of it, so that the first requests of real users find their pages at the
-front, too. It is made several times: with all pages there, and then with the pages coming in the order found,
-no faster than over a thin link, until that finds no more. A guest that has to wait does things that a quick
-one does not: its timers expire, its clients try again.
+The trial does what every clone does (it resumes, answers, and gets its identity), and what the publisher's
+``warm-up`` commands ask of it, so that the first requests of real users find their pages at the front, too;
+before the identity, where an app is given out as soon as it answers. It is made several times: with all pages
+there, and then with the pages coming in the order found, no faster than over a thin link, until that finds no
+more. A guest that has to wait does things that a quick one does not: its timers expire, its clients try again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cloudlet.overlay.limits import FRAME_PAGES
 from cloudlet.overlay.pagemap import PageMap
 from cloudlet.overlay.pages import Numbers, PageBatch, PageSource, Space, runs_of
 from cloudlet.overlay.plan import Hot
-from cloudlet.overlay.root import App
+from cloudlet.overlay.root import App, Publish
 from cloudlet.store.bases import Base
 from cloudlet.store.images import layer_in
 
@@ -113,8 +113,17 @@ class Trial:
         """What every clone does until it is ready, and what its first users do."""
         if self.app.ready.kind is not ReadinessKind.SERIAL:
             wait_ready(instance, self.app.ready, READY_SECONDS, first_try=WHILE_ARRIVING)
+        steps = [self._renew, self._warm_up]
+        if self.app.publish is Publish.ANSWERING:
+            steps.reverse()  # as it will be: users come first
+        for step in steps:
+            step(instance)
+
+    def _renew(self, instance: Instance) -> None:
         name = identity.host_name(self.app.name, instance.id)
         identity.renew(instance.agent, self.base.description.guest, name)
+
+    def _warm_up(self, instance: Instance) -> None:
         run_here(self.site, self.warm_up.commands, self.warm_up.folder, _endpoints(instance), "warm-up")
 
     @contextmanager

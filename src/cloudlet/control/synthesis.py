@@ -127,6 +127,9 @@ def synthesise(
             timings.mark("answering")
             if answering and root.app.publish is Publish.ANSWERING:
                 answering(instance)
+                if started.delivery:
+                    # Its pages come behind those that users need; a guest with one CPU waits for all at once.
+                    started.delivery.wait_hot()
             host_name = identity.host_name(root.app.name, instance.id)
             renewed = identity.renew(instance.agent, base.description.guest, host_name) is not None
             timings.mark("ready")

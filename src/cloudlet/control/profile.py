@@ -4,7 +4,7 @@ The trial does what every clone does (it resumes, answers, and gets its identity
 ``warm-up`` commands ask of it, so that the first requests of real users find their pages at the front, too;
 before the identity, where an app is given out as soon as it answers. It is made several times: with all pages
 there, and then with the pages coming in the order found, no faster than over a thin link, until that finds no
-more. A guest that has to wait does things that a quick one does not: its timers expire, its clients try again.
+more. A guest that has to wait does what a quick one does not: its timers expire, its clients try again.
 """
 
 from __future__ import annotations

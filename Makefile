@@ -33,7 +33,7 @@ lint:           ## style, types, layers
 	@$(bin)/mypy
 	@$(bin)/lint-imports
 
-bench:          ## measure every number that SPECIFICATION.md promises (15 minutes)
+bench:          ## measure every number that SPECIFICATION.md promises (40 minutes)
 	@tools/setup bench
 	@$(bin)/python -m benchmarks
 

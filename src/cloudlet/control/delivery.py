@@ -118,6 +118,8 @@ class Delivery:
             return
         if self._source.offset == self._total and self._source.read(1):
             raise CorruptError(f"the file goes on after its end at offset {self._total}")
+        if not self._arrival.complete:
+            raise CorruptError(f"{self._arrival.pages_missing} pages of the map did not come")
         assert self._incoming and self._arrival.device_state is not None
         self._incoming.received(self._total, self._total)
         self._incoming.finish(self._arrival.device_state)

@@ -72,8 +72,6 @@ class Arrival:
         """Known once all map frames were taken."""
         self.device_state: bytes | None = None
         """Known once all device frames were taken."""
-        self.hot_end = header.parts_start + sum(entry.size for entry in root.listed_frames)
-        """Where the hot prefix ends, in bytes of the file: map, device state and hot frames."""
         self.pages_missing = root.totals.pages
         """Pages of the map that have not been built."""
         self._root = root

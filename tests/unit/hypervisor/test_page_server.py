@@ -32,7 +32,7 @@ from cloudlet.hypervisor.records import Workspace, processes_of
 from cloudlet.model import PAGE_BYTES
 from cloudlet.pageserver.state import BASE, HERE, MISSING, NAME, SERVERS, SERVERS_AT, SHAPE
 
-pytestmark = pytest.mark.skipif(bool(page_server.obstacle()), reason=page_server.obstacle())
+pytestmark = pytest.mark.skipif(bool(os.geteuid()), reason="only root can mount")
 
 RAM, LAYER = 0, 1
 DEADLINE = 20.0

@@ -104,13 +104,11 @@ def curve(lab: Lab, results: Results) -> None:
                 name = f"early.{app.key}.{rate}.{rtt}"
                 whole = rtt == RTT and rate >= _SLOWEST_FOR_ALL and not lab.quick
                 with link(overlay, rate, rtt) as url:
-                    made = start(
-                        lab, url, known(EARLY, app), _asks(app, results, name, tenth=True, whole=whole)
-                    )
+                    made = start(lab, url, EARLY, _asks(app, results, name, tenth=True, whole=whole))
                 results.add(f"{name}.answering_s", made.timings.moments["answering"])
             if wire(size, rate) <= (_QUICK_WAIT if lab.quick else LONGEST_WAIT):
                 with link(overlay, rate, RTT) as url:
-                    start(lab, url, known(EAGER, app), _asks(app, results, f"eager.{app.key}.{rate}"))
+                    start(lab, url, EAGER, _asks(app, results, f"eager.{app.key}.{rate}"))
 
 
 def promised(lab: Lab, results: Results) -> None:
@@ -120,8 +118,9 @@ def promised(lab: Lab, results: Results) -> None:
         for rate in PROMISED_RATES:
             name = f"early.{app.key}.{rate}.{RTT}"
             with link(overlay_of(lab, app), rate, RTT) as url:
-                made = start(lab, url, known(EARLY, app), _asks(app, results, name, tenth=True))
-            results.add(f"{name}.answering_s", made.timings.moments["answering"])
+                made = start(lab, url, EARLY, _asks(app, results, name, tenth=True))
+                results.add(f"{name}.answering_s", made.timings.moments["answering"])
+                start(lab, url, known(EARLY, app), _asks(app, results, f"{name}.known"))
 
 
 def images(lab: Lab, results: Results) -> None:
@@ -149,7 +148,7 @@ def sizes(lab: Lab, results: Results) -> None:
             for mib, app in heaps.items():
                 name = f"early.size.{mib}.{rate}"
                 with link(overlays[mib], rate, RTT) as url:
-                    made = start(lab, url, known(EARLY, app), _asks(app, results, name))
+                    made = start(lab, url, EARLY, _asks(app, results, name))
                 results.add(f"{name}.answering_s", made.timings.moments["answering"])
 
 

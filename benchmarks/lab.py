@@ -42,7 +42,7 @@ ROUTE_PLANNER = CHECKOUT / "examples" / "route-planner"
 MEMORY_MIB, MODEL_MIB = 512, 16
 MODEL = {"REFERENCE_MIB": str(MODEL_MIB)}
 """What the reference application's recipe is told."""
-_MODEL_PROGRAM = REFERENCE / "model.py"
+_PROGRAMS = REFERENCE / "model.py", REFERENCE.with_name("ask.py")
 _PACKS = CHECKOUT / "src" / "cloudlet" / "overlay"
 _TRIES = CHECKOUT / "src" / "cloudlet" / "control" / "profile.py"
 _GUEST = CHECKOUT / "src" / "cloudlet" / "guests" / "debian"
@@ -141,7 +141,7 @@ class Lab:
         :param environment: what the recipe's ``prepare`` is told.
         """
         base = self.base(memory_mib, ours=ours)
-        words = base.id[:16], recipe.name, *environment.values(), _digest_of(recipe, _MODEL_PROGRAM)
+        words = base.id[:16], recipe.name, *environment.values(), _digest_of(recipe, *_PROGRAMS)
         # Before the dot what the guest is made from, behind it what tries and packs it.
         name = f"{'-'.join(words)}.{_digest_of(_PACKS, _TRIES)}-v{VERSION}.overlay"
         path = KEPT / "overlays" / name

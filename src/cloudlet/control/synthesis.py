@@ -18,7 +18,6 @@ from cloudlet.control import identity
 from cloudlet.control.delivery import PATIENCE, Delivery
 from cloudlet.control.readiness import FIRST_TRY, WHILE_ARRIVING, guest_port, wait_ready
 from cloudlet.control.site import Site
-from cloudlet.control.source import Source
 from cloudlet.control.start import Choice, Start, choose
 from cloudlet.errors import CloudletError, NotFoundError
 from cloudlet.hypervisor.driver import Arriving, Incoming, Instance, Layer, Paging
@@ -31,6 +30,7 @@ from cloudlet.overlay.reader import OverlayReader
 from cloudlet.overlay.root import Publish, Root
 from cloudlet.store.bases import Base
 from cloudlet.store.images import layer_in
+from cloudlet.transfer.source import Source
 
 READY_SECONDS = 120.0
 """Longest time from resume to readiness."""

@@ -21,12 +21,12 @@ from benchmarks.answers import Question, url_of, wait_answer
 from benchmarks.lab import compress_image, full_image
 from benchmarks.transfers import bytes_per_second, download_and_boot, wire
 from cloudlet.control.site import Site
-from cloudlet.control.source import open_source
 from cloudlet.control.start import Start
 from cloudlet.control.synthesis import Request, synthesise
 from cloudlet.errors import FailedError
 from cloudlet.hypervisor.driver import Instance
 from cloudlet.overlay.reader import OverlayReader
+from cloudlet.transfer.source import open_source
 
 RATES = (10, 100)
 """Mbit/s."""

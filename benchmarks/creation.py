@@ -14,7 +14,6 @@ from benchmarks.lab import MODEL, ROUTE_PLANNER, Lab, say, tool
 from benchmarks.results import Results
 from benchmarks.starts import saved
 from benchmarks.transfers import compress_into
-from cloudlet.control.source import open_source
 from cloudlet.control.start import Start
 from cloudlet.control.synthesis import Request, synthesise
 from cloudlet.errors import FailedError
@@ -28,6 +27,7 @@ from cloudlet.overlay.payload import Operation
 from cloudlet.overlay.reader import OverlayReader
 from cloudlet.sparse import write_at
 from cloudlet.store.bases import Base
+from cloudlet.transfer.source import open_source
 
 _XDELTA_SECONDS = 90.0
 

@@ -22,11 +22,11 @@ from benchmarks.lab import Lab, copy_of, say
 from benchmarks.link import link
 from benchmarks.results import Results
 from benchmarks.transfers import wire
-from cloudlet.control.source import open_source
 from cloudlet.control.start import Start
 from cloudlet.control.synthesis import Request, Synthesised, synthesise
 from cloudlet.hypervisor.driver import Instance
 from cloudlet.model import PublishedPort
+from cloudlet.transfer.source import open_source
 
 RATES = (5, 10, 25, 100, 1000)
 """Mbit/s."""

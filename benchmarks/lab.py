@@ -24,7 +24,6 @@ from benchmarks.answers import REFERENCE, wait_agent
 from cloudlet.control import bases
 from cloudlet.control.publishing import Published, create_overlay, make_quiet
 from cloudlet.control.site import Site
-from cloudlet.control.source import open_source
 from cloudlet.control.start import Start
 from cloudlet.control.synthesis import Request, synthesise
 from cloudlet.errors import FailedError, NotFoundError
@@ -35,6 +34,7 @@ from cloudlet.settings import Settings
 from cloudlet.store.bases import Base
 from cloudlet.store.hints import HintStore
 from cloudlet.store.images import ImageStore
+from cloudlet.transfer.source import open_source
 
 CHECKOUT = Path(__file__).parents[1]
 KEPT = CHECKOUT / ".setup" / "bench"

@@ -17,11 +17,11 @@ from benchmarks.answers import REFERENCE_PORT, Question, Reference, url_of, wait
 from benchmarks.lab import MODEL_MIB, Lab, copy_of, say, tool
 from benchmarks.results import Results
 from cloudlet.control.publishing import make_quiet
-from cloudlet.control.source import open_source
 from cloudlet.control.start import Start
 from cloudlet.control.synthesis import Request, resume_base, synthesise
 from cloudlet.hypervisor.driver import Instance
 from cloudlet.hypervisor.records import cpu_seconds_of
+from cloudlet.transfer.source import open_source
 
 
 def resume(lab: Lab, results: Results) -> None:

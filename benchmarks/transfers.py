@@ -23,8 +23,8 @@ from benchmarks.answers import REFERENCE_PORT, Question, Reference, wait_answer
 from benchmarks.lab import MODEL_MIB, Lab, compress_image, say, tool
 from benchmarks.results import Results
 from benchmarks.starts import saved, synthesis
-from cloudlet.control.source import open_source
 from cloudlet.settings import Settings
+from cloudlet.transfer.source import open_source
 
 RATES = (1000, 100, 10)
 """Mbit/s."""

@@ -174,7 +174,7 @@ def parse_size(text: str) -> int:
 
     :raises UsageError: the text is not a size.
     """
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,18})\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
         raise UsageError(f"{text!r} is not a size", hint="write 512M or 8G")
     return int(match[1]) * _UNITS[match[2].upper()]
@@ -185,7 +185,7 @@ def parse_rate(text: str) -> float:
 
     :raises UsageError: the text is not a rate above zero.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:bit/s)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMG]?)(?:bit/s)?", text.strip(), re.IGNORECASE)
     if not match or float(match[1]) <= 0:
         raise UsageError(f"{text!r} is not a rate", hint="write 10M for 10 Mbit/s")
     return float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[match[2].upper()] / 8

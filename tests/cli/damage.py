@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cloudlet.control.site import Site
-from cloudlet.control.source import open_source
 from cloudlet.control.synthesis import Request, synthesise
 from cloudlet.errors import CloudletError, ExitCode
 from cloudlet.overlay.frames import zstd
@@ -22,6 +21,7 @@ from cloudlet.overlay.reader import OverlayReader
 from cloudlet.overlay.sign import Sign, resign
 from cloudlet.settings import Settings
 from cloudlet.store.keyring import KeyRing
+from cloudlet.transfer.source import open_source
 from tests.unit.overlay.forge import Forged
 
 

@@ -365,6 +365,25 @@ exec "$@"
 """What a container has that was given a network and no FUSE, in a mount namespace of its own."""
 
 
+READ_ONLY = 'mount --bind "$0" "$0"; mount -o remount,bind,ro "$0"; exec "$@"'
+
+
+def test_where_no_image_can_be_built_it_starts_when_all_is_here(
+    early: Hello, web: Web, cloudlet: CommandLine, settings: Settings
+) -> None:
+    web.hold = None
+    process = _inside(READ_ONLY, settings.cache_dir, cloudlet, "run", f"{web.url}/whole", "--start", "hot")
+    try:
+        assert len(ask(f"{first_line(process)}/cold")) == 4 << 20
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=DEADLINE)
+    finally:
+        process.kill()
+        process.wait()
+    assert "cannot be written" in err
+    assert "--cache-dir" in err
+
+
 def test_without_fuse_it_starts_when_all_is_here(
     early: Hello, web: Web, cloudlet: CommandLine, settings: Settings, tmp_path: Path
 ) -> None:
@@ -407,7 +426,12 @@ def test_without_fuse_an_overlay_is_made_and_says_so(
 def _without_fuse(cloudlet: CommandLine, folder: Path, *arguments: str) -> subprocess.Popen[str]:
     devices = folder / "dev"
     devices.mkdir(exist_ok=True)
-    inside = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", WITHOUT_FUSE, str(devices)]
+    return _inside(WITHOUT_FUSE, devices, cloudlet, *arguments)
+
+
+def _inside(script: str, folder: Path, cloudlet: CommandLine, *arguments: str) -> subprocess.Popen[str]:
+    """Run in a mount namespace of its own, which the script makes with the folder as its ``$0``."""
+    inside = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script, str(folder)]
     return subprocess.Popen(
         [*inside, *cloudlet.argv(*arguments)],
         stdin=subprocess.DEVNULL,

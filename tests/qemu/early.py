@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from cloudlet.control.site import Site
-from cloudlet.control.source import open_source
 from cloudlet.control.start import Start
 from cloudlet.control.synthesis import Request, Synthesised, synthesise
 from cloudlet.hypervisor.driver import Capture, Paging
@@ -30,6 +29,7 @@ from cloudlet.overlay.plan import Hot
 from cloudlet.overlay.reader import OverlayReader
 from cloudlet.store.bases import Base
 from cloudlet.store.images import DISK, RAM
+from cloudlet.transfer.source import open_source
 from tests.cli.web import serving
 from tests.qemu import guest
 from tests.qemu.conftest import Warm

@@ -24,7 +24,6 @@ from cloudlet.control import bases
 from cloudlet.control.publishing import create_interactively, create_overlay
 from cloudlet.control.readiness import wait_ready
 from cloudlet.control.site import Site
-from cloudlet.control.source import open_source
 from cloudlet.control.synthesis import Synthesised, synthesise
 from cloudlet.errors import FailedError, NotFoundError
 from cloudlet.hypervisor.driver import Instance
@@ -33,6 +32,7 @@ from cloudlet.model import MEBIBYTE, Firmware, GuestPort, PublishedPort, Readine
 from cloudlet.overlay.root import App
 from cloudlet.settings import Settings
 from cloudlet.store.bases import Base
+from cloudlet.transfer.source import open_source
 from tests.conftest import KEPT, CommandLine
 from tests.images.build import TestImage, build
 from tests.qemu import guest

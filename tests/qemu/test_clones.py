@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from cloudlet.control.site import Site
-from cloudlet.control.source import open_source
 from cloudlet.control.synthesis import Request, synthesise
 from cloudlet.hypervisor.qemu.instance import QemuInstance
 from cloudlet.store.bases import Base
+from cloudlet.transfer.source import open_source
 from tests.qemu import guest
 from tests.qemu.conftest import Warm
 

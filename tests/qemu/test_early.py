@@ -99,6 +99,19 @@ def test_a_guest_waits_for_its_page_and_for_no_more(
             assert early.progress().missing == 0
 
 
+def test_a_stream_that_stands_still_is_not_waited_for(site: Site, warm: Warm, ordered: Path) -> None:
+    """The guest reads what the stream is about to bring, too, and the stream brings nothing."""
+    with serving(ordered.read_bytes()) as web:
+        web.hold = (hot_end(web.content) + len(web.content)) // 2
+        with starting(site, f"{web.url}/whole") as early:
+            assert web.holding.wait(ARRIVAL_SECONDS)
+            found = guest.shell(early.instance, "sha256sum < /run/known", ARRIVAL_SECONDS)
+            assert found.split()[0] == warm.in_memory
+            assert not web.go.is_set()
+            web.go.set()
+            early.wait()
+
+
 def test_what_is_fetched_is_not_sent_again(site: Site, ordered: Path, twin: Twin) -> None:
     rng = random.Random(SEED)
     with serving(ordered.read_bytes()) as web:
@@ -119,7 +132,7 @@ def test_what_a_guest_waited_for_is_fetched_early_the_next_time(site: Site, orde
     for turn in range(2):
         with serving(ordered.read_bytes()) as web:
             web.hold = hot_end(web.content) + DISK_BYTES
-            with starting(site, f"{web.url}/whole", use_image=False) as early:
+            with starting(site, f"{web.url}/whole") as early:
                 if turn == 0:
                     guest.shell(early.instance, read_pieces("/run/known", last), ARRIVAL_SECONDS)
                 else:

@@ -9,9 +9,9 @@ import pytest
 
 from cloudlet.control.publishing import create_overlay
 from cloudlet.control.site import Site
-from cloudlet.control.source import open_source
 from cloudlet.control.synthesis import synthesise
 from cloudlet.store.bases import Base
+from cloudlet.transfer.source import open_source
 
 pytestmark = pytest.mark.qemu
 

@@ -20,7 +20,6 @@ from cloudlet.cli.progress import progress_bar
 from cloudlet.control import publishing, recipe
 from cloudlet.control.profile import WarmUp
 from cloudlet.control.publishing import Published
-from cloudlet.control.source import open_source
 from cloudlet.errors import RefusedError, UsageError
 from cloudlet.hypervisor.driver import Instance
 from cloudlet.model import GuestPort, PublishedPort, Readiness, format_bytes
@@ -32,6 +31,7 @@ from cloudlet.overlay.reader import OverlayReader
 from cloudlet.overlay.root import App
 from cloudlet.overlay.sign import Sign, resign
 from cloudlet.store.keyring import DEFAULT
+from cloudlet.transfer.source import open_source
 
 Columns = tuple[Sequence[str], Sequence[Any]]
 

@@ -18,7 +18,6 @@ from cliff.lister import Lister
 from cloudlet.cli.command import CloudletCommand
 from cloudlet.cli.progress import progress_bar
 from cloudlet.control.delivery import PATIENCE
-from cloudlet.control.source import open_source
 from cloudlet.control.start import Start
 from cloudlet.control.synthesis import Request, Synthesised, synthesise
 from cloudlet.errors import ConflictError, FailedError, NotFoundError, UsageError
@@ -26,6 +25,7 @@ from cloudlet.hypervisor.driver import Instance, Paging, RunState
 from cloudlet.hypervisor.qemu.page_server import read_progress
 from cloudlet.hypervisor.records import processes_of, records
 from cloudlet.model import PublishedPort, format_bytes, parse_rate
+from cloudlet.transfer.source import open_source
 
 
 class Run(CloudletCommand):

@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from cloudlet.control.source import Source
 from cloudlet.errors import CorruptError, FailedError, TruncatedError
 from cloudlet.hypervisor.driver import Arriving
 from cloudlet.overlay.arrival import Arrival, Part, PartKind
 from cloudlet.overlay.pagemap import PageMap
 from cloudlet.overlay.pages import Numbers, Space
 from cloudlet.overlay.reader import Progress
+from cloudlet.transfer.source import Source
 
 PATIENCE = 60.0
 """Longest time that a guest waits for a page, or nothing comes from the source, in seconds."""

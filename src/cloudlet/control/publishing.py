@@ -21,7 +21,6 @@ from cloudlet.control.profile import Trial, WarmUp, run_here
 from cloudlet.control.readiness import guest_port, wait_ready
 from cloudlet.control.recipe import BUILD_PREFIX, Recipe, read_recipe
 from cloudlet.control.site import Site
-from cloudlet.control.source import Bytes
 from cloudlet.control.spool import PageSpool
 from cloudlet.control.synthesis import Progress, resume_base
 from cloudlet.errors import FailedError, NotFoundError, RefusedError, UsageError
@@ -37,6 +36,7 @@ from cloudlet.overlay.reader import OverlayReader
 from cloudlet.overlay.root import App
 from cloudlet.overlay.sign import Sign
 from cloudlet.store.bases import Base
+from cloudlet.transfer.source import Bytes
 
 COMMAND_SECONDS = 1800.0
 READY_SECONDS = 600.0

@@ -18,7 +18,6 @@ from cloudlet.control import identity
 from cloudlet.control.delivery import PATIENCE, Delivery
 from cloudlet.control.readiness import FIRST_TRY, WHILE_ARRIVING, guest_port, wait_ready
 from cloudlet.control.site import Site
-from cloudlet.control.source import Source
 from cloudlet.control.start import Choice, Start, choose
 from cloudlet.errors import CloudletError, NotFoundError
 from cloudlet.hypervisor.driver import Arriving, Incoming, Instance, Layer, Paging
@@ -31,6 +30,7 @@ from cloudlet.overlay.reader import OverlayReader
 from cloudlet.overlay.root import Publish, Root
 from cloudlet.store.bases import Base
 from cloudlet.store.images import layer_in
+from cloudlet.transfer.source import Source
 
 READY_SECONDS = 120.0
 """Longest time from resume to readiness."""
@@ -90,7 +90,7 @@ class Request:
     patience: float = PATIENCE
     """Longest time, in seconds, that a guest waits for a page that has not come."""
     use_image: bool = True
-    """Whether to start from the app's image, and to leave one."""
+    """Whether to use what the site knows of the app, its image and its hints, and to leave some."""
 
 
 @contextmanager
@@ -171,7 +171,8 @@ def _start(
     if image:
         site.images.delete(image)
     rest = reader.header.file_bytes - reader.offset
-    choice = choose(request.start, reader.root, rest, source.rate(), site.hypervisor.early_obstacle())
+    obstacle = site.hypervisor.early_obstacle() or site.images.obstacle()
+    choice = choose(request.start, reader.root, rest, source.rate(), obstacle)
     if choice.start is Start.FULL:
         return _in_full(site, base, reader, ports, timings, stack, progress), Started(choice)
     return _early(site, source, reader, base, request, choice, timings, stack, progress, arrived)
@@ -237,7 +238,7 @@ def _early(
         Arrival(reader.header, root, pages, literals.fileno()),
         reader.header.file_bytes,
         patience=request.patience,
-        hints=site.hints.of(identity_, root.totals.frames),
+        hints=site.hints.of(identity_, root.totals.frames) if request.use_image else (),
         progress=progress,
     )
     page_map, device_state = delivery.take_head()
@@ -252,9 +253,9 @@ def _early(
 
     def keep() -> None:
         timings.mark("arrived")
-        site.hints.add(identity_, root.totals.frames, delivery.asked)
         if request.use_image:
-            with suppress(OSError, CloudletError):  # the machine has all it needs, image or not
+            with suppress(OSError, CloudletError):  # the machine has all it needs, whatever can be kept
+                site.hints.add(identity_, root.totals.frames, delivery.asked)
                 site.images.adopt(folder, identity_, root, device_state, page_map)
         if arrived:
             arrived()

@@ -87,6 +87,16 @@ class ImageStore:
                 return image
         raise NotFoundError(f"there is no image {reference!r} here", hint="cloudlet image list")
 
+    def obstacle(self) -> str:
+        """Why no image can be built here, and what to do; empty if one can."""
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            return f"{self.folder} cannot be made ({error.strerror}): name another with --cache-dir"
+        if not os.access(self.folder, os.W_OK | os.X_OK):
+            return f"{self.folder} cannot be written: name another with --cache-dir"
+        return ""
+
     def workspace(self) -> Workspace:
         """A folder to build an image in; when it is left it is gone."""
         return Workspace.create(self.folder, prefix=_NEW)

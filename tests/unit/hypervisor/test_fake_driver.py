@@ -18,7 +18,6 @@ import pytest
 from cloudlet.control.publishing import create_overlay
 from cloudlet.control.readiness import wait_ready
 from cloudlet.control.site import Site
-from cloudlet.control.source import open_source
 from cloudlet.control.synthesis import resume_base, synthesise
 from cloudlet.errors import FailedError, MismatchError, NotFoundError
 from cloudlet.hypervisor.driver import Boot, Instance, RunState
@@ -29,6 +28,7 @@ from cloudlet.model import MEBIBYTE, Accelerator, PublishedPort, Readiness
 from cloudlet.settings import Settings, load
 from cloudlet.store import bases as store
 from cloudlet.store.bases import Base, Guest
+from cloudlet.transfer.source import open_source
 
 AGENT = Readiness.parse("agent")
 

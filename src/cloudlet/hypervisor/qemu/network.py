@@ -24,6 +24,7 @@ from pathlib import Path
 
 from cloudlet.errors import CloudletError, ConflictError, FailedError, RefusedError
 from cloudlet.hypervisor.qemu.machine import PUBLIC_MAC
+from cloudlet.hypervisor.records import ProcessId, start_time_of
 from cloudlet.model import Endpoint, PublishedPort
 
 MAX_CONNECTIONS = 256
@@ -92,7 +93,7 @@ class NetworkProcess:
         with suppress(ProcessLookupError):
             self._pidfd = os.pidfd_open(pid)
         # The process behind the descriptor cannot change any more, so this is no race.
-        if self._pidfd is not None and start_time_of(pid) != start_time:
+        if self._pidfd is not None and not ProcessId(pid, start_time).alive():
             os.close(self._pidfd)
             self._pidfd = None
 
@@ -180,7 +181,7 @@ class NetworkProcess:
 
     @classmethod
     def _started(cls, child: subprocess.Popen[bytes], qemu: socket.socket, ready: int) -> NetworkProcess:
-        process = cls(child.pid, start_time_of(child.pid) or 0)
+        process = cls(child.pid, start_time_of(child.pid))
         process._child, process._qemu, process._ready = child, qemu, ready
         return process
 
@@ -245,15 +246,6 @@ def guest_accepts(pid: int, endpoint: Endpoint, timeout: float) -> bool:
                 return True
             time.sleep(_LOOK_SECONDS)
     return False
-
-
-def start_time_of(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot (field 22 of its stat), or None."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return int(stat.rpartition(")")[2].split()[19])
 
 
 def _listen(port: PublishedPort) -> socket.socket:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from contextlib import suppress
 from http.client import HTTPException, HTTPResponse
 
-from cloudlet.control.link import Link, Patience
-from cloudlet.control.ranges import Ranges
-from cloudlet.control.resource import WHERE_ELSE, Resource, ask, request_for
 from cloudlet.errors import FailedError, TruncatedError
+from cloudlet.transfer.link import Link, Patience
+from cloudlet.transfer.ranges import Ranges
+from cloudlet.transfer.resource import WHERE_ELSE, Resource, ask, request_for
 
 FIRST_ANSWER_SECONDS = 10.0
 """Longest time until a server answers for the first time."""

@@ -7,8 +7,8 @@ import threading
 from io import FileIO
 from typing import BinaryIO, Protocol
 
-from cloudlet.control.link import Link
 from cloudlet.errors import FailedError, TruncatedError
+from cloudlet.transfer.link import Link
 
 _PIECE = 64 << 10
 

@@ -7,9 +7,9 @@ from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from urllib.request import Request, getproxies, proxy_bypass
 
-from cloudlet.control.link import Link, Patience
-from cloudlet.control.resource import WHERE_ELSE, Resource, ask, refusal, request_for
 from cloudlet.errors import CloudletError, FailedError, TruncatedError
+from cloudlet.transfer.link import Link, Patience
+from cloudlet.transfer.resource import WHERE_ELSE, Resource, ask, refusal, request_for
 
 
 class Ranges:

@@ -21,10 +21,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cloudlet.control.download import SKIP_BYTES
-from cloudlet.control.link import Link
-from cloudlet.control.source import Source, open_source
 from cloudlet.errors import CloudletError, ExitCode, FailedError, TruncatedError
+from cloudlet.transfer.download import SKIP_BYTES
+from cloudlet.transfer.link import Link
+from cloudlet.transfer.source import Source, open_source
 from tests.cli.web import CUT_AFTER, Web, serving
 
 SEED = 20240607

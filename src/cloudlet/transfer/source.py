@@ -18,10 +18,10 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from cloudlet.control.download import Download
-from cloudlet.control.link import Link
-from cloudlet.control.origin import File, Origin, Pipe
 from cloudlet.errors import FailedError, NotFoundError, RefusedError, UsageError
+from cloudlet.transfer.download import Download
+from cloudlet.transfer.link import Link
+from cloudlet.transfer.origin import File, Origin, Pipe
 
 PATIENCE_SECONDS = 60.0
 _PIECE = 64 << 10

@@ -54,6 +54,21 @@ def copy_range(source: int, target: int, offset: int, length: int) -> None:
         offset, length = offset + len(content), length - len(content)
 
 
+def copy_some(source: int, target: int, length: int, at: int, to: int) -> int:
+    """Copy at most ``length`` bytes from one place to another; how many, 0 at the source's end.
+
+    By the kernel alone where it can: it cannot between file systems of different kinds.
+    """
+    try:
+        return os.copy_file_range(source, target, length, at, to)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+    content = os.pread(source, min(length, 1 << 20), at)
+    write_at(target, content, to)
+    return len(content)
+
+
 def chunks(descriptor: int) -> Iterator[tuple[int, memoryview]]:
     """The chunks of a file that are not all zeros, with their numbers; each is lent until the next."""
     size = os.fstat(descriptor).st_size

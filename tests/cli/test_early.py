@@ -307,6 +307,17 @@ def test_a_server_that_gives_wrong_ranges(
         process.communicate()
 
 
+def test_a_server_that_takes_its_ranges_back(web: Web, cloudlet: CommandLine, settings: Settings) -> None:
+    """It said that it has some, and answers with the whole: what the guest waits for comes in its turn."""
+    web.hold, web.rate = None, 8e6
+    with started(cloudlet, f"{web.url}/claimed-ranges") as early:
+        assert len(ask(f"{early.url}/cold")) == 4 << 20
+        _wait_until(early.folder, lambda paging: paging.complete)
+        assert any(wanted and not wanted.endswith("-") for wanted in web.ranges()), "no range was asked for"
+        assert cloudlet.end(early.process).status == 130
+        nothing_left(settings, early.record)
+
+
 def _ask_if_it_answers(process: subprocess.Popen[str]) -> None:
     assert process.stdout
     if url := process.stdout.readline().strip():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,10 @@ Report = Callable[[int, int], None]
 
 @contextmanager
 def progress_bar(title: str, *, in_bytes: bool = False, quiet: bool) -> Iterator[Report]:
-    """A bar that the given function shows and moves; it is gone when the context is left."""
+    """A bar that the given function shows and moves; it is gone when the context is left.
+
+    The function may be called by any thread, also later, when it does nothing.
+    """
     if quiet or not sys.stderr.isatty():
         yield _nothing
         return
@@ -31,14 +35,20 @@ def progress_bar(title: str, *, in_bytes: bool = False, quiet: bool) -> Iterator
     progress = Progress(*columns, console=Console(stderr=True), transient=True)
     task = progress.add_task(title, total=None)
 
+    lock, closed = threading.Lock(), False
+
     def report(done: int, total: int) -> None:
-        progress.start()
-        progress.update(task, completed=done, total=total)
+        with lock:
+            if not closed:
+                progress.start()
+                progress.update(task, completed=done, total=total)
 
     try:
         yield report
     finally:
-        progress.stop()
+        with lock:
+            closed = True
+            progress.stop()
 
 
 def _nothing(_done: int, _total: int) -> None:

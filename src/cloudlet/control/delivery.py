@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from cloudlet.errors import CorruptError, FailedError, TruncatedError
+from cloudlet.errors import CloudletError, CorruptError, FailedError, TruncatedError
 from cloudlet.hypervisor.driver import Arriving
 from cloudlet.overlay.arrival import Arrival, Part, PartKind
 from cloudlet.overlay.pagemap import PageMap
 from cloudlet.overlay.pages import Numbers, Space
 from cloudlet.overlay.reader import Progress
+from cloudlet.transfer.resource import WholeOnlyError
 from cloudlet.transfer.source import Source
 
 PATIENCE = 60.0
@@ -116,7 +117,7 @@ class Delivery:
             self._take(part, self._read(part))
         if self._closed:
             return
-        if self._source.offset == self._total and self._source.read(1):
+        if self._goes_on():
             raise CorruptError(f"the file goes on after its end at offset {self._total}")
         if not self._arrival.complete:
             raise CorruptError(f"{self._arrival.pages_missing} pages of the map did not come")
@@ -127,6 +128,15 @@ class Delivery:
             self._closed = True
             self._changed.notify_all()
         arrived()
+
+    def _goes_on(self) -> bool:
+        """Whether there is anything behind the last part, where the stream stands there."""
+        if self._source.offset != self._total:
+            return False
+        try:
+            return bool(self._source.read(1))
+        except CloudletError:
+            return False  # a server that does not end its answer well has brought it whole
 
     def _next(self) -> Part | None:
         """The next part in file order, unless it is being fetched: then wait for that."""
@@ -143,7 +153,11 @@ class Delivery:
         while (found := self._choose()) is not None:
             part, waited_for = found
             with self._until_taken(part):
-                self._take(part, self._source.fetch(part.place.offset, part.place.size))
+                try:
+                    blob = self._source.fetch(part.place.offset, part.place.size)
+                except WholeOnlyError:
+                    return  # the stream brings it in its turn
+                self._take(part, blob)
             if waited_for and part.kind is PartKind.FRAME:
                 self.asked.append(part.number)
 

@@ -26,7 +26,7 @@ import numpy as np
 from cloudlet.control import identity
 from cloudlet.control.readiness import WHILE_ARRIVING, guest_port, wait_ready
 from cloudlet.control.site import Site
-from cloudlet.errors import FailedError
+from cloudlet.errors import CloudletError, FailedError
 from cloudlet.hypervisor.driver import Arriving, Instance
 from cloudlet.hypervisor.records import MARKER, Workspace
 from cloudlet.model import PublishedPort, ReadinessKind
@@ -161,13 +161,28 @@ class Trial:
                 self._hand_over(incoming, group)
                 next_group = time.monotonic() + _GROUP_SECONDS
 
-        thread = threading.Thread(target=feed, name="slow-link", daemon=True)
+        failed: list[BaseException] = []
+
+        def guarded() -> None:
+            try:
+                feed()
+            except BaseException as error:  # raised below, when who waits for the machine has seen its end
+                failed.append(error)
+                incoming.sever()
+
+        thread = threading.Thread(target=guarded, name="slow-link", daemon=True)
         thread.start()
         try:
             yield
+        except CloudletError as error:
+            if failed:
+                raise failed[0] from error
+            raise
         finally:
             wanted.put(None)
             thread.join()
+        if failed:
+            raise failed[0]
 
     def _hand_over(self, incoming: Arriving, pages: Sequence[Page]) -> None:
         for space, source in self.sources.items():

@@ -25,7 +25,7 @@ from cloudlet.control.spool import PageSpool
 from cloudlet.control.synthesis import Progress, resume_base
 from cloudlet.errors import FailedError, NotFoundError, RefusedError, UsageError
 from cloudlet.hypervisor.driver import GuestAgent, Instance
-from cloudlet.hypervisor.records import MARKER
+from cloudlet.hypervisor.records import MARKER, Workspace
 from cloudlet.model import PublishedPort, ReadinessKind
 from cloudlet.output import written
 from cloudlet.overlay.apply import apply
@@ -168,7 +168,8 @@ def reorder(
     base = site.bases.get(root.base)
     site.hypervisor.check(root.machine)
     with ExitStack() as stack:
-        spool = PageSpool(Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent))))
+        workspace = stack.enter_context(Workspace.create(site.settings.instances_dir, prefix="reorder-"))
+        spool = PageSpool(workspace.path)
         with steps("read"), base.pages() as pages:
             apply(reader, pages, spool, progress)
         description = Description(

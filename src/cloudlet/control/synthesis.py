@@ -8,6 +8,7 @@ there is nothing to build. Whatever goes wrong, nothing of it is left.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -169,7 +170,8 @@ def _start(
         choice = Choice(Start.FULL, "the app's image is here")
         return _from_image(site, base, *read, reader, ports, timings, stack), Started(choice, from_image=True)
     if image:
-        site.images.delete(image)
+        with suppress(OSError, CloudletError):  # where nothing can be removed it is only not used
+            site.images.delete(image)
     rest = reader.header.file_bytes - reader.offset
     obstacle = site.hypervisor.early_obstacle() or site.images.obstacle()
     choice = choose(request.start, reader.root, rest, source.rate(), obstacle)
@@ -253,9 +255,11 @@ def _early(
 
     def keep() -> None:
         timings.mark("arrived")
-        if request.use_image:
-            with suppress(OSError, CloudletError):  # the machine has all it needs, whatever can be kept
+        os.ftruncate(literals.fileno(), 0)  # nothing refers to them any more
+        if request.use_image:  # the machine has all it needs, whatever can be kept
+            with suppress(OSError):
                 site.hints.add(identity_, root.totals.frames, delivery.asked)
+            with suppress(OSError, CloudletError):
                 site.images.adopt(folder, identity_, root, device_state, page_map)
         if arrived:
             arrived()

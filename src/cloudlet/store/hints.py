@@ -7,6 +7,7 @@ what a frame contains.
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,13 +33,14 @@ class HintStore:
         return list(dict.fromkeys(known))[:MOST_FRAMES]
 
     def add(self, overlay_id: str, frames: int, asked: Sequence[int]) -> None:
-        """Remember the frames of one start, behind those that are known."""
+        """Remember the frames of one start: those that are new come first, and the oldest are forgotten."""
         known = self.of(overlay_id, frames)
-        together = list(dict.fromkeys([*known, *asked]))[:MOST_FRAMES]
+        new = [frame for frame in asked if frame not in set(known)]
+        together = list(dict.fromkeys([*new, *known]))[:MOST_FRAMES]
         if together == known:
             return
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self._folder / f"{overlay_id}.json"
-        temporary = path.with_suffix(".new")
+        temporary = path.with_suffix(f".{secrets.token_hex(4)}.new")
         temporary.write_text(json.dumps({"frames": together}))
         temporary.replace(path)

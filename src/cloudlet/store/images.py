@@ -15,7 +15,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloudlet.errors import IntegrityError, NotFoundError
+from cloudlet.errors import IntegrityError, NotFoundError, RefusedError
 from cloudlet.hypervisor.driver import Layer
 from cloudlet.hypervisor.records import Workspace, folder_lock, reap
 from cloudlet.overlay.pagemap import PageMap
@@ -92,7 +92,7 @@ class ImageStore:
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            return f"{self.folder} cannot be made ({error.strerror}): name another with --cache-dir"
+            return f"{self.folder} cannot be written ({error.strerror}): name another with --cache-dir"
         if not os.access(self.folder, os.W_OK | os.X_OK):
             return f"{self.folder} cannot be written: name another with --cache-dir"
         return ""
@@ -102,7 +102,11 @@ class ImageStore:
         return Workspace.create(self.folder, prefix=_NEW)
 
     def adopt(self, folder: Path, overlay_id: str, root: Root, device_state: bytes, pages: PageMap) -> bool:
-        """Keep the layer in ``folder`` (:func:`layer_in`), if there is room; whether it is kept."""
+        """Keep the layer in ``folder`` (:func:`layer_in`), if there is room; whether it is kept.
+
+        All of it is on the disk before it has its name: after a power cut a page that was not written would
+        read as zeros.
+        """
         size = sum((folder / name).stat().st_blocks * 512 for name in (RAM, DISK))
         if size > self.limit:
             return False
@@ -114,13 +118,16 @@ class ImageStore:
         (staged / MAP).write_bytes(pages.encode())
         document = {"app": root.app.name, "version": root.app.version, "base": root.base}
         (staged / _DOCUMENT).write_text(json.dumps(document))
+        for path in (*staged.iterdir(), staged):
+            _write_through(path)
         with folder_lock(self.folder):
-            self._make_room(size)
             target = self.folder / overlay_id
             if self._read(target):  # another start of the same app was as fast
                 return True
+            self._make_room(size)
             self._remove(target, self.folder / f".deleted-{overlay_id[:16]}")  # what is none
             staged.rename(target)
+        _write_through(self.folder)
         return True
 
     def delete(self, image: Image) -> None:
@@ -138,7 +145,12 @@ class ImageStore:
 
     def reap(self) -> list[str]:
         """Remove what dead processes left."""
-        return reap(self.folder)
+        removed = reap(self.folder)
+        if doomed := list(self.folder.glob(".deleted-*")):
+            with contextlib.suppress(RefusedError), folder_lock(self.folder):
+                for left in doomed:
+                    shutil.rmtree(left, ignore_errors=True)
+        return removed
 
     def _make_room(self, wanted: int) -> None:
         images = self.all()
@@ -165,6 +177,14 @@ class ImageStore:
             return Image(path, str(told["app"]), str(told["version"]), str(told["base"]), used)
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+def _write_through(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def layer_in(folder: Path, overlay_id: str, pages: PageMap) -> Layer:

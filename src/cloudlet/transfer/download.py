@@ -9,10 +9,10 @@ from __future__ import annotations
 from contextlib import suppress
 from http.client import HTTPException, HTTPResponse
 
-from cloudlet.errors import FailedError, TruncatedError
+from cloudlet.errors import TruncatedError
 from cloudlet.transfer.link import Link, Patience
 from cloudlet.transfer.ranges import Ranges
-from cloudlet.transfer.resource import WHERE_ELSE, Resource, ask, request_for
+from cloudlet.transfer.resource import Resource, WholeOnlyError, ask, request_for
 
 FIRST_ANSWER_SECONDS = 10.0
 """Longest time until a server answers for the first time."""
@@ -81,7 +81,7 @@ class Download:
         :raises TruncatedError: the resource ends before, or changed.
         """
         if not self._ranges or not self.ranged:
-            raise FailedError(f"{self._url} comes as a whole only, not by ranges", hint=WHERE_ELSE)
+            raise WholeOnlyError(self._url)
         return self._ranges.fetch(offset, size)
 
     def close(self) -> None:

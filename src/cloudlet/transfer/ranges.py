@@ -7,9 +7,9 @@ from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from urllib.request import Request, getproxies, proxy_bypass
 
-from cloudlet.errors import CloudletError, FailedError, TruncatedError
+from cloudlet.errors import CloudletError, TruncatedError
 from cloudlet.transfer.link import Link, Patience
-from cloudlet.transfer.resource import WHERE_ELSE, Resource, ask, refusal, request_for
+from cloudlet.transfer.resource import Resource, WholeOnlyError, ask, refusal, request_for
 
 
 class Ranges:
@@ -89,7 +89,7 @@ class Ranges:
                 raise refusal(url, answer.status)
             if answer.status != 206:
                 self._resource.check_whole(answer)
-                raise FailedError(f"{url} comes as a whole only, not by ranges", hint=WHERE_ELSE)
+                raise WholeOnlyError(url)
             self._resource.check_range(answer, offset, size)
         except BaseException:
             answer.close()

@@ -15,8 +15,16 @@ from urllib.request import Request
 
 from cloudlet.errors import FailedError, NotFoundError, RefusedError, TruncatedError, UsageError
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.ASCII)
+_COUNT = re.compile(r"\d{1,18}", re.ASCII)
 WHERE_ELSE = "take it from another server, or as a file"
+
+
+class WholeOnlyError(FailedError):
+    """A server gives no ranges."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(f"{url} comes as a whole only, not by ranges", hint=WHERE_ELSE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +50,7 @@ class Resource:
         units = answer.headers.get("Accept-Ranges", "").lower()
         return cls(
             url=url,
-            total=int(length) if length.isdecimal() else None,
+            total=int(length) if _COUNT.fullmatch(length) else None,
             tag=_strong(answer.headers.get("ETag")),
             ranged=answer.status == 206 or units == "bytes",
         )
@@ -63,7 +71,7 @@ class Resource:
                 f"{self.url} answers bytes {first}-{last} when asked for bytes {wanted}", hint=WHERE_ELSE
             )
         length = answer.headers.get("Content-Length", "")
-        if length.isdecimal() and int(length) != last - first + 1:
+        if _COUNT.fullmatch(length) and int(length) != last - first + 1:
             raise FailedError(
                 f"{self.url} answers {length} bytes for the {last - first + 1} of its range",
                 hint=WHERE_ELSE,

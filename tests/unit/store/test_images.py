@@ -143,3 +143,23 @@ def test_what_was_begun_is_removed(store: ImageStore, root: Root) -> None:
         assert store.reap() == []
         assert store.all() == []
     assert not workspace.path.exists()
+
+
+def test_what_was_being_removed_is_removed(store: ImageStore, root: Root) -> None:
+    assert adopt(store, root, "one")
+    (store.folder / "one").rename(store.folder / ".deleted-one")  # and then the power was cut
+    store.reap()
+    assert [path.name for path in store.folder.iterdir()] == [".lock"]
+
+
+def test_one_that_is_here_makes_no_room_for_itself(store: ImageStore, root: Root) -> None:
+    for name in ("one", "two", "three"):
+        assert adopt(store, root, name)
+    assert adopt(store, root, "three")
+    assert set(names(store)) == {"one", "two", "three"}
+
+
+def test_a_folder_where_no_image_can_be_built(store: ImageStore, tmp_path: Path) -> None:
+    assert store.obstacle() == ""
+    (tmp_path / "file").touch()
+    assert "--cache-dir" in ImageStore(tmp_path / "file" / "images", 0).obstacle()

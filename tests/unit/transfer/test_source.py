@@ -14,7 +14,9 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from email.message import Message
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography import x509
@@ -24,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cloudlet.errors import CloudletError, ExitCode, FailedError, TruncatedError
 from cloudlet.transfer.download import SKIP_BYTES
 from cloudlet.transfer.link import Link
+from cloudlet.transfer.resource import Resource
 from cloudlet.transfer.source import Source, open_source
 from tests.cli.web import CUT_AFTER, Web, serving
 
@@ -435,3 +438,24 @@ def _certificate(folder: Path) -> Path:
         + certificate.public_bytes(serialization.Encoding.PEM)
     )
     return path
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content-Length": "9" * 5000},
+        {"Content-Length": "\u0663"},
+        {"Content-Range": f"bytes 0-{'9' * 5000}/*"},
+        {"Content-Range": f"bytes 0-1/{'9' * 5000}"},
+    ],
+    ids=["length", "digits of another script", "range", "total"],
+)
+def test_numbers_that_are_none_say_nothing(headers: dict[str, str]) -> None:
+    told = Message()
+    for name, value in headers.items():
+        told[name] = value
+    answer = SimpleNamespace(status=206 if "Content-Range" in headers else 200, headers=told)
+    assert Resource.of("http://where", answer).total is None
+    if answer.status == 206:
+        with pytest.raises(FailedError, match="not with which one"):
+            Resource.of("http://where", answer).check_range(answer, 0)

@@ -21,7 +21,7 @@ from cloudlet.hypervisor.driver import Layer
 from cloudlet.hypervisor.qemu.qcow2 import ZEROS, held_blocks
 from cloudlet.model import PAGE_BYTES
 from cloudlet.overlay.pages import Numbers, PageSource, Space, numbers_of, runs_of
-from cloudlet.sparse import data_ranges
+from cloudlet.sparse import copy_some, data_ranges
 
 Offsets = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -107,7 +107,7 @@ def _copy_pages(source: int, places: Offsets, target: int, rows: np.ndarray[Any,
         at, to = int(places[first]) * PAGE_BYTES, int(rows[first]) * PAGE_BYTES
         left = (after - first) * PAGE_BYTES
         while left:
-            count = os.copy_file_range(source, target, left, at, to)
+            count = copy_some(source, target, left, at, to)
             if count == 0:
                 raise CloudletError("a file of the instance ends before its tables say")
             at, to, left = at + count, to + count, left - count

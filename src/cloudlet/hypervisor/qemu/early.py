@@ -94,8 +94,9 @@ class QemuArriving:
 
     def sever(self) -> None:
         """End page server and machine, in this order; what is held of them stays until :meth:`abort`."""
-        for process in self.instance.record.processes[:2]:
-            process.kill()
+        for process in (self._server.process, self.instance.record.machine):
+            if process:
+                process.kill()
 
     def abort(self) -> None:
         """Give up: nothing of the instance is left."""
@@ -119,11 +120,16 @@ class QemuArriving:
 
 
 def told_in_pages(wanted: Wanted, writer: LayerWriter) -> Callable[[int, int, int], None]:
-    """What the page server tells of a place in a file, told as pages of a space."""
+    """What the page server tells of a place in a file, told as pages of a space.
+
+    The server has read what a guest and its QEMU wrote: what cannot be is not believed.
+    """
 
     def tell(file: int, place: int, count: int) -> None:
+        if file >= len(FILES) or place >= (pages := writer.file_pages(FILES[file])):
+            return
         space = FILES[file]
-        numbers = writer.numbers_at(space, np.arange(place, place + count, dtype=np.int64))
+        numbers = writer.numbers_at(space, np.arange(place, min(place + count, pages), dtype=np.int64))
         if numbers.size:
             wanted(space, numbers)
 

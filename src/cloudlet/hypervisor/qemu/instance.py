@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cloudlet.errors import FailedError, RefusedError
-from cloudlet.hypervisor.driver import BaseCapture, Capture, Layer, RunState
+from cloudlet.hypervisor.driver import BaseCapture, Capture, Layer, Paging, RunState
 from cloudlet.hypervisor.qemu import capture, changed, launch, page_server, ramblocks, sections, stream
 from cloudlet.hypervisor.qemu.agent import QemuGuestAgent
 from cloudlet.hypervisor.qemu.layer import OpenLayer
@@ -159,9 +159,9 @@ class QemuInstance:
     def capture(self) -> Capture:
         # What can be done before the pause is: QEMU must answer, and its memory must be readable.
         process = self._machine_process()
+        layer = self._whole_layer()  # first: a monitor may wait for pages as its guest does
         self.monitor.execute("query-status")
         self._check_uefi_vars()
-        layer = self._whole_layer()
         mapping = changed.find_mapping(process.pid, self._ram_path(), self.machine.memory_bytes)
         laps = _Laps()
         self.pause()
@@ -282,8 +282,10 @@ class QemuInstance:
             if self.record.detail.get("layer"):
                 raise FailedError(f"only the owner of instance {self.id} can capture it")
             return None
+        if not self.record.pages:
+            return self._layer.layer
         last, since = -1, time.monotonic()
-        while (paging := page_server.read_progress(self.directory)) and not paging.complete:
+        while not (paging := self._paging()).complete:
             if paging.missing != last:
                 last, since = paging.missing, time.monotonic()
             elif time.monotonic() > since + _ARRIVAL_SECONDS:
@@ -294,6 +296,11 @@ class QemuInstance:
             if self.wait(_LOOK_SECONDS):
                 raise FailedError(f"instance {self.id} ended before its overlay had arrived")
         return self._layer.layer
+
+    def _paging(self) -> Paging:
+        if paging := page_server.read_progress(self.directory):
+            return paging
+        raise FailedError(f"what has come of instance {self.id} cannot be read, so it cannot be captured")
 
     @contextmanager
     def _spool(self, name: str) -> Iterator[int]:

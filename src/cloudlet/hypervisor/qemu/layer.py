@@ -18,10 +18,8 @@ from cloudlet.hypervisor.driver import Layer
 from cloudlet.hypervisor.qemu.qcow2 import Qcow2Writer
 from cloudlet.model import PAGE_BYTES, Machine
 from cloudlet.overlay.pages import Numbers, PageBatch, Space, numbers_of
+from cloudlet.pageserver.state import BASE, HERE, MISSING
 from cloudlet.sparse import write_rows
-
-BASE, MISSING, HERE = 0, 1, 2
-"""Where a page is: in the base's file, nowhere yet, in the layer's file."""
 
 
 class OpenLayer:
@@ -71,9 +69,13 @@ class LayerWriter:
         """At the beginning, where each page of RAM is, and each cluster of the disk's file."""
         ram = np.full(self._ram_pages, BASE, np.uint8)
         ram[numbers_of(self._pages.runs(Space.RAM))] = MISSING
-        disk = np.full(-(-self.disk_bytes // PAGE_BYTES), HERE, np.uint8)
+        disk = np.full(self.file_pages(Space.DISK), HERE, np.uint8)
         disk[self._disk.places(numbers_of(self._pages.runs(Space.DISK)))] = MISSING
         return ram, disk
+
+    def file_pages(self, space: Space) -> int:
+        """How many pages the file of a space has."""
+        return -(-self.disk_bytes // PAGE_BYTES) if space is Space.DISK else self._ram_pages
 
     def write(self, batch: PageBatch) -> NDArray[np.int64]:
         """Write pages; where they are in their space's file, in pages."""

@@ -203,6 +203,7 @@ def answer():
     os.kill(os.getpid(), signal.SIGINT)
     threading.Event().wait()
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who was started in the background ignores it
 listening = socket.create_server(sys.argv[1], family=socket.AF_UNIX)
 threading.Thread(target=answer, daemon=True).start()
 try:

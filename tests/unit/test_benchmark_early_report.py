@@ -27,6 +27,7 @@ def results():
         "eager.reference.100.first_s": 1.5,
         **{f"early.reference.{rate}.{RTT}.first_s": 0.25 for rate in RATES},
         **{f"early.reference.{rate}.{RTT}.answering_s": 0.125 for rate in RATES},
+        **{f"early.reference.{rate}.{RTT}.known.first_s": 0.375 for rate in RATES},
     }.items():
         made.add(name, value)
     return made
@@ -52,6 +53,7 @@ def test_what_was_not_measured_is_an_error_and_its_line_is_left_out(results):
     rows = report.rows(results, LINES)
     assert [row.promise for row in rows] == ["<= 0.9 s", "<= 0.5 s"]
     assert all(row.met for row in rows)
+    assert "asks from the start 0.38 s" in rows[0].figure
     assert "all bytes first 10.4 s (computed)" in rows[0].beside
     assert "(computed)" not in rows[1].beside.partition(";")[0]
 

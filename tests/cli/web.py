@@ -3,8 +3,9 @@
 ``/whole`` ``/cut`` (each answer ends after some bytes, ranges are given) ``/cut-no-ranges`` (the same, and a
 range is ignored) ``/changed`` (another entity tag at each request, and cut) ``/missing`` ``/broken``
 (status 500) ``/mending`` (500 twice, then whole) ``/loop`` (a redirect to itself) ``/moved`` (to ``/whole``)
-``/slow`` (a piece every 10 ms) ``/stall`` (half of it, then nothing) ``/gone`` (cut once, then every
-connection ends and nobody listens until ``web.back`` is set).
+``/signed`` (a redirect to an address that is good as long as ``web.ticket`` stays; to none with
+``web.never``) ``/slow`` (a piece every 10 ms) ``/stall`` (half of it, then nothing) ``/gone`` (cut once, then
+every connection ends and nobody listens until ``web.back`` is set).
 
 What is wrong with ranges only: ``/no-ranges`` (there are none) ``/claimed-ranges`` (there are none, but the
 server says so) ``/wrong-range`` (the bytes after those that were asked for, and saying so) ``/lying-range``
@@ -75,6 +76,10 @@ class Web:
     """Somebody waits for what is held."""
     go: threading.Event = field(default_factory=threading.Event)
     cuts: list[int] = field(default_factory=list)
+    ticket: int = 1
+    """Of the address that is good."""
+    never: bool = False
+    """No further address is given."""
     leave: Callable[[], None] = lambda: None
     _asking: threading.Condition = field(default_factory=threading.Condition)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -233,6 +238,12 @@ def _answer(web: Web, request: _Handler) -> None:
         case "loop" | "moved":
             place = {"loop": "/loop", "moved": "/whole"}[how]
             return _head(request, 302, 0, Location=f"{web.url}{place}")
+        case "signed" if web.never:
+            return _head(request, 403, 0)
+        case "signed":
+            return _head(request, 302, 0, Location=f"{web.url}/ticket/{web.ticket}")
+        case _ if how.startswith("ticket/") and how != f"ticket/{web.ticket}":
+            return _head(request, 403, 0)
         case "broken":
             return _head(request, 500, 0)
         case "mending" if len(web.asked) < 3:

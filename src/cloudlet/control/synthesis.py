@@ -166,10 +166,11 @@ def _start(
     ports = _publish(reader.root, request.ports)
     image = site.images.find(reader.identity) if request.use_image and not request.start else None
     if image and (read := image.read(reader.root)):
-        source.close()
-        choice = Choice(Start.FULL, "the app's image is here")
-        return _from_image(site, base, *read, reader, ports, timings, stack), Started(choice, from_image=True)
-    if image:
+        with suppress(NotFoundError, FileNotFoundError):  # it went meanwhile, for another's sake
+            incoming = _from_image(site, base, *read, reader, ports, timings, stack)
+            source.close()
+            return incoming, Started(Choice(Start.FULL, "the app's image is here"), from_image=True)
+    elif image:
         with suppress(OSError, CloudletError):  # where nothing can be removed it is only not used
             site.images.delete(image)
     rest = reader.header.file_bytes - reader.offset

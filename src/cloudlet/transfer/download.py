@@ -106,7 +106,7 @@ class Download:
         self._response = answer
         if known is None:
             known = self._resource = Resource.of(answer.url, answer)
-            self._ranges = Ranges(known, self._link, self._patience)
+            self._ranges = Ranges(self._url, known, self._link, self._patience)
             self.ranged = known.ranged
         if answer.status == 206:
             known.check_range(answer, self.offset)

@@ -11,11 +11,20 @@ from cloudlet.errors import CloudletError, TruncatedError
 from cloudlet.transfer.link import Link, Patience
 from cloudlet.transfer.resource import Resource, WholeOnlyError, ask, refusal, request_for
 
+_EXPIRED = (401, 403, 404, 410)
+"""What an address answers to which a server led only for a while, such as a signed one of an object store."""
+
 
 class Ranges:
     """Ranges of one resource, asked for one after the other on a connection that is kept."""
 
-    def __init__(self, resource: Resource, link: Link, patience: float) -> None:
+    def __init__(self, first_url: str, resource: Resource, link: Link, patience: float) -> None:
+        """Nothing is asked for yet.
+
+        :param first_url: what led to the resource.
+        """
+        self._first_url = first_url
+        self._url = resource.url
         self._resource = resource
         self._link = link
         self._patience = patience
@@ -76,7 +85,7 @@ class Ranges:
             self._drop()
 
     def _ask(self, offset: int, size: int, timeout: float) -> HTTPResponse:
-        url = self._resource.url
+        url = self._url
         request = request_for(url, offset, size, self._resource.tag)
         if _proxied(request):
             answer = ask(request, timeout)
@@ -84,6 +93,10 @@ class Ranges:
             connection = self._connected(request, timeout)
             connection.request("GET", request.selector, headers=dict(request.header_items()))
             answer = connection.getresponse()
+        if answer.status in _EXPIRED and url != self._first_url:
+            self._drop()
+            answer = ask(request_for(self._first_url, offset, size, self._resource.tag), timeout)
+            url = self._url = answer.url
         try:
             if answer.status >= 300:
                 raise refusal(url, answer.status)

@@ -23,7 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cloudlet.errors import CloudletError, ExitCode, FailedError, TruncatedError
+from cloudlet.errors import CloudletError, ExitCode, FailedError, RefusedError, TruncatedError
 from cloudlet.transfer.download import SKIP_BYTES
 from cloudlet.transfer.link import Link
 from cloudlet.transfer.resource import Resource
@@ -202,6 +202,26 @@ def test_ranges_beside_the_stream(web: Web) -> None:
         assert stream.result(DEADLINE) == WHOLE[1:]
     assert {path for path, wanted in web.asked if wanted} == {"/whole"}, "it is known where it moved to"
     assert web.connections == 3, "the redirect, the stream, and one for all ranges"
+
+
+def test_an_address_that_expires_is_asked_for_again(web: Web) -> None:
+    with open_source(f"{web.url}/signed", NOTHING, rate=4e6) as source:
+        assert source.read(1) == WHOLE[:1]
+        for ticket in (1, 2, 3):
+            web.ticket = ticket
+            for at in (100_000, 200_000):
+                assert source.fetch(at, 1000) == WHOLE[at : at + 1000]
+        assert read_on(source) == WHOLE[1:]
+    assert [path for path, _ in web.asked].count("/signed") == 3
+
+
+def test_an_address_that_is_refused_anew_is_refused(web: Web) -> None:
+    with open_source(f"{web.url}/signed", NOTHING, rate=4e6) as source:
+        source.read(1)
+        web.ticket = 2
+        web.never = True
+        with pytest.raises(RefusedError):
+            source.fetch(0, 1000)
 
 
 def test_ranges_of_a_file(file: Path) -> None:

@@ -94,6 +94,7 @@ class Ranges:
             connection.request("GET", request.selector, headers=dict(request.header_items()))
             answer = connection.getresponse()
         if answer.status in _EXPIRED and url != self._first_url:
+            answer.close()
             self._drop()
             answer = ask(request_for(self._first_url, offset, size, self._resource.tag), timeout)
             url = self._url = answer.url

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -46,7 +46,18 @@ _ASKED_SECONDS = 0.01
 _SLOW_TRIALS, _FEW = 6, 32
 """How often to try slowly at most: until two trials in a row have found few pages that are new."""
 
+_SMALL_BYTES = 512
+"""Bytes in which a page may differ from the base's and still count as one that costs little to send."""
+
 Page = tuple[Space, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """What one trial has touched, in this order, and how much of that before the app answered."""
+
+    pages: list[Page]
+    answered: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +88,13 @@ class Trial:
         trials = [self._touched(None)]
         found: list[int] = []
         while len(found) < _SLOW_TRIALS and not (len(found) > 1 and max(found[-2:]) <= _FEW):
-            known = set().union(*trials)
-            trials.append(self._touched(_median_order(trials)))
-            found.append(len(known.union(trials[-1])) - len(known))
-        return _hot(_median_order(trials))
+            known = {page for trial in trials for page in trial.pages}
+            trials.append(self._touched(self._together(trials)))
+            found.append(len(known.union(trials[-1].pages)) - len(known))
+        return _hot(self._together(trials))
 
-    def _touched(self, order: Sequence[Page] | None) -> list[Page]:
-        """One trial: the overlay's pages in the order of first touch; they come slowly if in an ``order``."""
+    def _touched(self, order: Sequence[Page] | None) -> Touched:
+        """One trial, in which the pages come slowly if in an ``order``."""
         ram, disk = (runs_of(self.sources[space].numbers) for space in (Space.RAM, Space.DISK))
         pages = PageMap(ram, disk)
         ports = _ports(self.app)
@@ -102,17 +113,50 @@ class Trial:
                 with self._slowly(incoming, order, wanted) if order else self._at_once(incoming):
                     incoming.begin(pages)
                     incoming.start(self.device_state)
+                    if self.app.ready.kind is not ReadinessKind.SERIAL:
+                        wait_ready(incoming.instance, self.app.ready, READY_SECONDS, first_try=WHILE_ARRIVING)
+                    answered = len(self._ours(incoming.touched()))
                     self._use(incoming.instance)
-                    touched = incoming.touched()
+                    return Touched(self._ours(incoming.touched()), answered)
             finally:
                 incoming.abort()
+
+    def _ours(self, touched: Sequence[tuple[Space, Numbers]]) -> list[Page]:
+        """Those of the pages that are the overlay's."""
         ours = {space: set(source.numbers.tolist()) for space, source in self.sources.items()}
         return [(space, n) for space, numbers in touched for n in numbers.tolist() if n in ours[space]]
 
+    def _together(self, trials: Sequence[Touched]) -> list[Page]:
+        """All pages, by the median of their places in the trials that touched them.
+
+        Behind the app's answer those that cost little come first. When they are needed depends on chance, and
+        a guest that finds one later waits for a round trip, which is longer than all of them take.
+        """
+        places: dict[Page, list[tuple[int, bool]]] = {}
+        for touched in trials:
+            for place, page in enumerate(touched.pages):
+                places.setdefault(page, []).append((place, place >= touched.answered))
+        small = self._small(places)
+
+        def key(page: Page) -> tuple[bool, bool, int]:
+            place, later = statistics.median_low(places[page])
+            return later, later and page not in small, place
+
+        return sorted(places, key=key)
+
+    def _small(self, touched: Iterable[Page]) -> set[Page]:
+        """Those of the pages that are almost the base's."""
+        small: set[Page] = set()
+        with self.base.pages() as base:
+            for space, source in self.sources.items():
+                numbers = np.sort(np.array([number for of, number in touched if of is space], np.uint32))
+                rows = source.data[np.searchsorted(source.numbers, numbers)]
+                differ = np.count_nonzero(rows != base.read(space, numbers), axis=1)
+                small.update((space, number) for number in numbers[differ <= _SMALL_BYTES].tolist())
+        return small
+
     def _use(self, instance: Instance) -> None:
-        """What every clone does until it is ready, and what its first users do."""
-        if self.app.ready.kind is not ReadinessKind.SERIAL:
-            wait_ready(instance, self.app.ready, READY_SECONDS, first_try=WHILE_ARRIVING)
+        """What every clone does when its app has answered, and what its first users do."""
         steps = [self._renew, self._warm_up]
         if self.app.publish is Publish.ANSWERING:
             steps.reverse()  # as it will be: users come first
@@ -231,19 +275,6 @@ def _endpoints(instance: Instance) -> dict[str, str]:
     if instance.endpoints:
         urls["CLOUDLET_ENDPOINT"] = instance.endpoints[0].url
     return urls
-
-
-def _median_order(trials: Sequence[Sequence[Page]]) -> list[Page]:
-    """All pages, by the median of their places in the trials that touched them.
-
-    A page that few trials touched stands where those needed it: it costs some hundred bytes there, and a
-    round trip for a guest that needs it and finds it later.
-    """
-    places: dict[Page, list[int]] = {}
-    for touched in trials:
-        for place, page in enumerate(touched):
-            places.setdefault(page, []).append(place)
-    return sorted(places, key=lambda page: statistics.median_low(places[page]))
 
 
 def _hot(order: Sequence[Page]) -> Hot:

@@ -44,7 +44,7 @@ MODEL = {"REFERENCE_MIB": str(MODEL_MIB)}
 """What the reference application's recipe is told."""
 _PROGRAMS = REFERENCE / "model.py", REFERENCE.with_name("ask.py")
 _PACKS = CHECKOUT / "src" / "cloudlet" / "overlay"
-_TRIES = CHECKOUT / "src" / "cloudlet" / "control" / "profile.py"
+_TRIES = tuple(CHECKOUT / "src" / "cloudlet" / "control" / name for name in ("profile.py", "order.py"))
 _GUEST = CHECKOUT / "src" / "cloudlet" / "guests" / "debian"
 _SHUT_DOWN_SECONDS = 120.0
 _KIND_TO_DELTAS = "init_on_free=1"
@@ -143,7 +143,7 @@ class Lab:
         base = self.base(memory_mib, ours=ours)
         words = base.id[:16], recipe.name, *environment.values(), _digest_of(recipe, *_PROGRAMS)
         # Before the dot what the guest is made from, behind it what tries and packs it.
-        name = f"{'-'.join(words)}.{_digest_of(_PACKS, _TRIES)}-v{VERSION}.overlay"
+        name = f"{'-'.join(words)}.{_digest_of(_PACKS, *_TRIES)}-v{VERSION}.overlay"
         path = KEPT / "overlays" / name
         if not path.exists():
             what = " ".join(["overlay", recipe.name, *environment.values(), "on", base.name])

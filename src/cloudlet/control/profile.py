@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import os
 import queue
-import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from cloudlet.control import identity
+from cloudlet.control.order import Page, Touched, almost_the_base, merged, stretches
 from cloudlet.control.readiness import WHILE_ARRIVING, guest_port, wait_ready
 from cloudlet.control.site import Site
 from cloudlet.errors import CloudletError, FailedError
@@ -45,19 +45,6 @@ _ASKED_SECONDS = 0.01
 """How long a page takes that the guest waits for out of turn."""
 _SLOW_TRIALS, _FEW = 6, 32
 """How often to try slowly at most: until two trials in a row have found few pages that are new."""
-
-_SMALL_BYTES = 512
-"""Bytes in which a page may differ from the base's and still count as one that costs little to send."""
-
-Page = tuple[Space, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Touched:
-    """What one trial has touched, in this order, and how much of that before the app answered."""
-
-    pages: list[Page]
-    answered: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +76,9 @@ class Trial:
         found: list[int] = []
         while len(found) < _SLOW_TRIALS and not (len(found) > 1 and max(found[-2:]) <= _FEW):
             known = {page for trial in trials for page in trial.pages}
-            trials.append(self._touched(self._together(trials)))
+            trials.append(self._touched(self._merged(trials)))
             found.append(len(known.union(trials[-1].pages)) - len(known))
-        return _hot(self._together(trials))
+        return stretches(self._merged(trials))
 
     def _touched(self, order: Sequence[Page] | None) -> Touched:
         """One trial, in which the pages come slowly if in an ``order``."""
@@ -121,39 +108,14 @@ class Trial:
             finally:
                 incoming.abort()
 
+    def _merged(self, trials: Sequence[Touched]) -> list[Page]:
+        with self.base.pages() as base:
+            return merged(trials, almost_the_base(trials, self.sources, base))
+
     def _ours(self, touched: Sequence[tuple[Space, Numbers]]) -> list[Page]:
         """Those of the pages that are the overlay's."""
         ours = {space: set(source.numbers.tolist()) for space, source in self.sources.items()}
         return [(space, n) for space, numbers in touched for n in numbers.tolist() if n in ours[space]]
-
-    def _together(self, trials: Sequence[Touched]) -> list[Page]:
-        """All pages, by the median of their places in the trials that touched them.
-
-        Behind the app's answer those that cost little come first. When they are needed depends on chance, and
-        a guest that finds one later waits for a round trip, which is longer than all of them take.
-        """
-        places: dict[Page, list[tuple[int, bool]]] = {}
-        for touched in trials:
-            for place, page in enumerate(touched.pages):
-                places.setdefault(page, []).append((place, place >= touched.answered))
-        small = self._small(places)
-
-        def key(page: Page) -> tuple[bool, bool, int]:
-            place, later = statistics.median_low(places[page])
-            return later, later and page not in small, place
-
-        return sorted(places, key=key)
-
-    def _small(self, touched: Iterable[Page]) -> set[Page]:
-        """Those of the pages that are almost the base's."""
-        small: set[Page] = set()
-        with self.base.pages() as base:
-            for space, source in self.sources.items():
-                numbers = np.sort(np.array([number for of, number in touched if of is space], np.uint32))
-                rows = source.data[np.searchsorted(source.numbers, numbers)]
-                differ = np.count_nonzero(rows != base.read(space, numbers), axis=1)
-                small.update((space, number) for number in numbers[differ <= _SMALL_BYTES].tolist())
-        return small
 
     def _use(self, instance: Instance) -> None:
         """What every clone does when its app has answered, and what its first users do."""
@@ -275,13 +237,3 @@ def _endpoints(instance: Instance) -> dict[str, str]:
     if instance.endpoints:
         urls["CLOUDLET_ENDPOINT"] = instance.endpoints[0].url
     return urls
-
-
-def _hot(order: Sequence[Page]) -> Hot:
-    """An order as stretches of one space."""
-    stretches: list[tuple[Space, list[int]]] = []
-    for space, number in order:
-        if not stretches or stretches[-1][0] is not space:
-            stretches.append((space, []))
-        stretches[-1][1].append(number)
-    return [(space, np.array(numbers, np.uint32)) for space, numbers in stretches]

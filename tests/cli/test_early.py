@@ -241,39 +241,43 @@ def test_the_server_gone_and_back(web: Web, cloudlet: CommandLine, settings: Set
 
 
 @pytest.mark.parametrize(
-    ("damage", "status"),
-    [
-        ("a cold frame", 7),
-        ("a frame that the guest waits for", 7),
-        ("one byte short", 7),
-        ("cut in the cold part", 7),
-        ("goes on", 7),
-    ],
+    "waited_for", [False, True], ids=["a cold frame", "a frame that the guest waits for"]
 )
 def test_damage_behind_the_hot_part(
-    damage: str, status: int, web: Web, cloudlet: CommandLine, settings: Settings
+    waited_for: bool, web: Web, cloudlet: CommandLine, settings: Settings
 ) -> None:
-    whole = web.content
-    match damage:
-        case "a cold frame":
-            web.content = flipped(whole, hot_end(whole) + (2 << 20), 3)
-        case "a frame that the guest waits for":
-            web.content = flipped(whole, len(whole) - (1 << 20), 3)
-        case "one byte short":
-            web.content = whole[:-1]
-        case "cut in the cold part":
-            web.content = whole[: len(whole) - (1 << 20)]
-        case "goes on":
-            web.content = whole + b"\0"
     with started(cloudlet, f"{web.url}/whole") as early:
-        if damage == "a frame that the guest waits for":
+        if waited_for:
+            web.damaged = len(web.content) - (1 << 20)
             with asking_for_what_has_not_come(early) as got:
-                refused_after_start(early.ended(), status)
+                refused_after_start(early.ended(), 7)
             assert got == []
         else:
+            assert web.hold
+            web.damaged = web.hold + (1 << 20)
             web.go.set()
-            refused_after_start(early.ended(), status)
+            refused_after_start(early.ended(), 7)
         nothing_left(settings, early.record)
+    assert list(settings.images_dir.glob("*/image.json")) == []
+
+
+@pytest.mark.parametrize("damage", ["one byte short", "cut in the cold part", "goes on"])
+def test_another_length_than_the_hot_part_says(
+    damage: str, web: Web, cloudlet: CommandLine, settings: Settings
+) -> None:
+    """The machine has begun to run, and may have answered, or have asked for what is not there."""
+    whole = web.content
+    web.content = {
+        "one byte short": whole[:-1],
+        "cut in the cold part": whole[: len(whole) - (1 << 20)],
+        "goes on": whole + b"\0",
+    }[damage]
+    process = cloudlet.start("-q", "run", f"{web.url}/whole", "--start", "hot", "--patience", PATIENCE)
+    assert web.holding.wait(DEADLINE)
+    web.go.set()
+    out, err = process.communicate(timeout=DEADLINE)
+    refused_after_start(Finished(process.returncode, out, err), 7)
+    nothing_left(settings)
     assert list(settings.images_dir.glob("*/image.json")) == []
 
 
@@ -309,11 +313,12 @@ def test_a_server_that_gives_wrong_ranges(
 
 def test_a_server_that_takes_its_ranges_back(web: Web, cloudlet: CommandLine, settings: Settings) -> None:
     """It said that it has some, and answers with the whole: what the guest waits for comes in its turn."""
-    web.hold, web.rate = None, 8e6
     with started(cloudlet, f"{web.url}/claimed-ranges") as early:
-        assert len(ask(f"{early.url}/cold")) == 4 << 20
+        with asking_for_what_has_not_come(early) as got:
+            assert web.wait_single_range(DEADLINE), "no range was asked for"
+            web.go.set()
+        assert len(got[0]) == 4 << 20
         _wait_until(early.folder, lambda paging: paging.complete)
-        assert any(wanted and not wanted.endswith("-") for wanted in web.ranges()), "no range was asked for"
         assert cloudlet.end(early.process).status == 130
         nothing_left(settings, early.record)
 

@@ -13,7 +13,8 @@ server says so) ``/wrong-range`` (the bytes after those that were asked for, and
 ``/closing-ranges`` (the connection ends after each) ``/slow-ranges`` (never answered).
 
 And at the moment that a test chooses: from byte ``web.hold`` on a stream is not sent until ``web.go`` is
-set, and with ``web.hold_ranges`` no single range either; after each of ``web.cuts`` bytes that were sent in
+set, and with ``web.hold_ranges`` no single range either; byte ``web.damaged`` of the content has another
+bit 3 than it should; after each of ``web.cuts`` bytes that were sent in
 all a connection ends; ``web.leave`` ends all of them, and nobody listens until ``web.back`` is set.
 """
 
@@ -29,6 +30,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
+
+from tests.cli.damage import flipped
 
 CUT_AFTER = 20_000
 """Bytes of an answer before the connection ends."""
@@ -75,6 +78,7 @@ class Web:
     holding: threading.Event = field(default_factory=threading.Event)
     """Somebody waits for what is held."""
     go: threading.Event = field(default_factory=threading.Event)
+    damaged: int | None = None
     cuts: list[int] = field(default_factory=list)
     ticket: int = 1
     """Of the address that is good."""
@@ -94,6 +98,13 @@ class Web:
         """Wait until all these ranges were asked for; whether they were."""
         with self._asking:
             return self._asking.wait_for(lambda: wanted <= set(self.ranges()), timeout)
+
+    def wait_single_range(self, timeout: float) -> bool:
+        """Wait until a range that ends somewhere was asked for; whether one was."""
+        with self._asking:
+            return self._asking.wait_for(
+                lambda: any(wanted and not wanted.endswith("-") for wanted in self.ranges()), timeout
+            )
 
     def ranges(self) -> list[str | None]:
         return [wanted for _, wanted in self.asked]
@@ -131,9 +142,14 @@ class Web:
             if self.cuts and self.sent >= self.cuts[0]:
                 del self.cuts[0]
                 raise ConnectionAbortedError("cut")
-            request.wfile.write(piece)
+            request.wfile.write(self._as_sent(piece, place))
             answer.count += len(piece)
             at += len(piece)
+
+    def _as_sent(self, piece: bytes, place: int) -> bytes:
+        if self.damaged is None or not place <= self.damaged < place + len(piece):
+            return piece
+        return flipped(piece, self.damaged - place, 3)
 
 
 @contextmanager

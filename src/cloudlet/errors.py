@@ -75,6 +75,10 @@ class CapacityError(CloudletError):
     exit_code = ExitCode.NO_CAPACITY
 
 
+class TooLargeError(CapacityError):
+    """It is larger than it may be, or than what is left of what its owner may have."""
+
+
 class IntegrityError(CloudletError):
     """Bytes are not what they claim to be. Nothing of them has been used."""
 

@@ -54,10 +54,116 @@ OPTIONS = (
     cfg.IntOpt("instance_uid_count", default=10000, min=1, help="How many user ids there are."),
 )
 
+DATABASE_OPTIONS = (
+    cfg.StrOpt(
+        "connection",
+        secret=True,
+        help="The URL of the site's database: sqlite:////PATH, postgresql+psycopg2://USER:PASSWORD@HOST/NAME "
+        "or mysql+pymysql://USER:PASSWORD@HOST/NAME. Default: site.sqlite in the state folder.",
+    ),
+)
+API_OPTIONS = (
+    cfg.StrOpt(
+        "listen",
+        help="Where cloudlet serve listens: unix:PATH, or HOST:PORT. Default: api.sock in the state folder.",
+    ),
+    cfg.StrOpt(
+        "auth_strategy",
+        choices=["noauth", "http_basic", "keystone"],
+        help="How callers show who they are. noauth, only on a Unix socket: who may open it is the operator. "
+        "Default: noauth on a Unix socket, else http_basic.",
+    ),
+    cfg.StrOpt(
+        "users_file",
+        help="The users of http_basic, a line each: NAME:BCRYPT[:PROJECT[:ROLE,ROLE]]. "
+        "Default: users in the configuration folder.",
+    ),
+    cfg.IntOpt("threads", default=16, min=1, help="How many requests are worked on at a time."),
+    cfg.IntOpt(
+        "waiters",
+        default=512,
+        min=1,
+        help="How many clients may wait for events and operations, besides those requests.",
+    ),
+    cfg.IntOpt("transfers", default=64, min=1, help="How many uploads and downloads there may be at a time."),
+    cfg.IntOpt("most_body_kib", default=1024, min=1, help="The largest body of a request that is no upload."),
+    cfg.StrOpt(
+        "publish_address",
+        help="The address of this machine on which the ports of instances are published. Default: the host "
+        "of listen, else 127.0.0.1.",
+    ),
+    cfg.StrOpt("tls_certificate", help="A PEM file: serve TLS with this certificate."),
+    cfg.StrOpt("tls_key", help="The certificate's key, a PEM file."),
+    cfg.StrOpt("policy_file", help="A file of oslo.policy that changes who may do what."),
+)
+LIMIT_OPTIONS = (
+    cfg.IntOpt(
+        "memory_mib",
+        min=0,
+        mutable=True,
+        help="Memory of all instances together. Default: four fifths of this machine's.",
+    ),
+    cfg.IntOpt(
+        "cpus", min=0, mutable=True, help="Virtual CPUs of all instances. Default: 8 times this machine's."
+    ),
+    cfg.IntOpt(
+        "disk_gib",
+        default=0,
+        min=0,
+        mutable=True,
+        help="Disks of all instances as the guests see them; 0: no limit.",
+    ),
+    cfg.IntOpt("instances", default=100, min=0, mutable=True, help="How many instances there may be."),
+    cfg.IntOpt(
+        "project_upload_mib", default=65536, min=0, mutable=True, help="What one project may upload in all."
+    ),
+    cfg.IntOpt(
+        "blob_cache_mib", default=8192, min=0, mutable=True, help="Overlays that can be fetched again."
+    ),
+)
+LEASE_OPTIONS = (
+    cfg.IntOpt(
+        "default_seconds",
+        default=0,
+        min=0,
+        mutable=True,
+        help="A lease that nobody chose; 0: no end.",
+    ),
+    cfg.IntOpt("most_seconds", default=0, min=0, mutable=True, help="The longest lease; 0: no limit."),
+    cfg.IntOpt(
+        "warning_seconds",
+        default=60,
+        min=0,
+        mutable=True,
+        help="How long before its end a lease is warned of.",
+    ),
+    cfg.IntOpt(
+        "grace_seconds",
+        default=300,
+        min=0,
+        mutable=True,
+        help="How long an instance is kept, paused, after it.",
+    ),
+)
+WORK_OPTIONS = (
+    cfg.IntOpt("threads", default=8, min=1, help="How many operations are worked on at a time."),
+    cfg.IntOpt(
+        "keep_days", default=30, min=1, mutable=True, help="How long ended operations and events are kept."
+    ),
+)
+GROUPS: dict[str, tuple[cfg.Opt, ...]] = {
+    "DEFAULT": OPTIONS,
+    "database": DATABASE_OPTIONS,
+    "api": API_OPTIONS,
+    "limits": LIMIT_OPTIONS,
+    "leases": LEASE_OPTIONS,
+    "work": WORK_OPTIONS,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The settings of one program."""
+    """The settings of one machine."""
 
     cache_dir: Path
     state_dir: Path
@@ -85,6 +191,37 @@ class Settings:
     def instances_dir(self) -> Path:
         return self.state_dir / "instances"
 
+    @property
+    def keepers_dir(self) -> Path:
+        return self.state_dir / "keepers"
+
+
+def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
+    """All options, for oslo-config-generator."""
+    return [(group, list(options)) for group, options in GROUPS.items()]
+
+
+def config_dir() -> Path:
+    """The user's folder of configuration."""
+    return _xdg("XDG_CONFIG_HOME", ".config")
+
+
+def read_files(config_file: str | None = None) -> cfg.ConfigOpts:
+    """The options as files and environment set them.
+
+    :raises UsageError: a file or a value cannot be used.
+    """
+    conf = cfg.ConfigOpts()
+    for group, options in GROUPS.items():
+        conf.register_opts(options, group=None if group == "DEFAULT" else group)
+    usual = (Path("/etc/cloudlet/cloudlet.conf"), config_dir() / "cloudlet.conf")
+    files = [config_file] if config_file else [str(path) for path in usual if path.exists()]
+    try:
+        conf(args=[], project="cloudlet", default_config_files=files, default_config_dirs=[])
+    except (cfg.Error, ValueError) as error:
+        raise UsageError(f"settings: {error}") from error
+    return conf
+
 
 def load(
     config_file: str | None = None, *, cache_dir: str | None = None, state_dir: str | None = None
@@ -93,17 +230,12 @@ def load(
 
     :raises UsageError: a file or a value cannot be used.
     """
-    conf = cfg.ConfigOpts()
-    conf.register_opts(OPTIONS)
-    config_dir = _xdg("XDG_CONFIG_HOME", ".config")
-    usual = (Path("/etc/cloudlet/cloudlet.conf"), config_dir / "cloudlet.conf")
-    files = [config_file] if config_file else [str(path) for path in usual if path.exists()]
+    conf = read_files(config_file)
     try:
-        conf(args=[], project="cloudlet", default_config_files=files, default_config_dirs=[])
         return Settings(
             cache_dir=Path(cache_dir or conf.cache_dir or _xdg("XDG_CACHE_HOME", ".cache")).resolve(),
             state_dir=Path(state_dir or conf.state_dir or _xdg("XDG_STATE_HOME", ".local/state")).resolve(),
-            keys_dir=Path(conf.keys_dir or config_dir / "keys").resolve(),
+            keys_dir=Path(conf.keys_dir or config_dir() / "keys").resolve(),
             hypervisor=conf.hypervisor,
             accelerator=conf.accelerator,
             qemu_binary=conf.qemu_binary,

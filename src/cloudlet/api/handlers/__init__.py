@@ -1,0 +1,1 @@
+"""What each operation does: plain functions of what was asked, a file for each noun."""

@@ -1,0 +1,112 @@
+"""Who may do what: oslo.policy, with a rule for each operation of the table and five personas.
+
+What one may not see is not there (404); what one may see but not do is refused (403). So each noun has a rule
+for seeing, and each operation one for doing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from oslo_config import cfg
+from oslo_policy import opts
+from oslo_policy.policy import DocumentedRuleDefault, Enforcer, RuleDefault
+
+from cloudlet.api.identity import Identity
+from cloudlet.errors import NotFoundError, RefusedError
+
+ADMIN, PUBLISHER, MEMBER, READER = "rule:admin", "rule:publisher", "rule:member", "rule:reader"
+OWNER, VISIBLE, ANYBODY = "rule:owner", "rule:visible", "rule:anybody"
+
+PERSONAS = (
+    RuleDefault("admin", "role:admin", "The provider's operator: everything."),
+    RuleDefault(
+        "publisher", "rule:admin or role:publisher", "An application's developer: bases, overlays and apps."
+    ),
+    RuleDefault(
+        "member", "rule:publisher or role:member", "A user: instances, and overlays saved from them."
+    ),
+    RuleDefault("reader", "rule:member or role:reader", "Looks, and changes nothing."),
+    RuleDefault("anybody", "@", "Whoever calls, also without showing who they are."),
+    RuleDefault("mine", "user_id:%(user_id)s and project_id:%(project_id)s", "Who owns it."),
+    RuleDefault("owner", "rule:admin or (rule:mine and rule:member)", "Who owns it and may change things."),
+    RuleDefault(
+        "auditor",
+        "role:reader and not role:member and project_id:%(project_id)s",
+        "Who may only look sees all of the project. (Keystone gives every member the role reader too.)",
+    ),
+    RuleDefault("visible", "rule:admin or rule:mine or rule:auditor or 'True':%(public)s", "Who may see it."),
+)
+USUAL_FILE = Path("/etc/cloudlet/policy.yaml")
+
+
+class Ruled(Protocol):
+    """What a policy needs to know of an operation."""
+
+    @property
+    def rule(self) -> str: ...
+    @property
+    def check(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def summary(self) -> str: ...
+
+
+class Policy:
+    """The rules of a site."""
+
+    def __init__(self, operations: Iterable[Ruled], file: Path | None = None) -> None:
+        conf = cfg.ConfigOpts()
+        conf(args=[], project="cloudlet", default_config_files=[], default_config_dirs=[])
+        opts._register(conf)
+        conf.set_override("policy_file", str(file or USUAL_FILE), group="oslo_policy")
+        conf.set_override("policy_dirs", [], group="oslo_policy")
+        self._enforcer = Enforcer(conf)
+        self._enforcer.register_defaults([*PERSONAS, *rules(operations)])
+        self._enforcer.load_rules()
+
+    def allows(self, rule: str, who: Identity, target: Any = None) -> bool:
+        """Whether somebody may do what the rule is for, with a row."""
+        return bool(self._enforcer.enforce(rule, _target(target, who), who.credentials()))
+
+    def enforce(self, operation: Ruled, who: Identity, target: Any = None, *, noun: str = "") -> None:
+        """Whether somebody may do an operation.
+
+        :raises NotFoundError: they may not even see the row.
+        :raises RefusedError: they may not do it.
+        """
+        if target is not None and not self.allows("visible", who, target):
+            raise NotFoundError(f"there is no {noun} {target.id}", hint=f"list them: cloudlet {noun} list")
+        if not self.allows(operation.rule, who, target):
+            raise RefusedError(
+                f"{who.user_id or 'nobody'} may not do this", hint="ask the provider for the role"
+            )
+
+
+def rules(operations: Iterable[Ruled]) -> list[DocumentedRuleDefault]:
+    """A rule for each operation."""
+    return [
+        DocumentedRuleDefault(
+            operation.rule, operation.check, operation.summary,
+            [{"path": operation.path, "method": operation.method}],
+        )
+        for operation in operations
+    ]  # fmt: skip
+
+
+def list_rules() -> list[RuleDefault]:
+    """All rules, for oslopolicy-sample-generator."""
+    from cloudlet.api.table import TABLE
+
+    return [*PERSONAS, *rules(TABLE)]
+
+
+def _target(row: Any, who: Identity) -> dict[str, object]:
+    if row is None:  # something new, which will be the caller's
+        return {"user_id": who.user_id, "project_id": who.project_id, "public": False}
+    return {"user_id": row.user_id, "project_id": row.project_id, "public": getattr(row, "public", False)}

@@ -1,0 +1,119 @@
+"""Apps on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from cloudlet.api.schemas.common import Identifier, Incoming, Link, ListQuery, Moment, Name, View
+from cloudlet.store.rows import App
+
+
+class Component(Incoming):
+    """One VM of an app."""
+
+    name: Name = "main"
+    overlay_id: Identifier
+
+
+class Intent(Incoming):
+    """What the app needs of a place to be of use."""
+
+    latency_ms: float | None = Field(None, gt=0, le=10_000)
+    bandwidth_mbit: float | None = Field(None, gt=0, le=1_000_000)
+
+
+class AppCreate(Incoming):
+    """An app: what is to be run, and how."""
+
+    name: Name
+    version: str = Field("", max_length=128)
+    summary: str = Field("", max_length=1024)
+    public: bool = Field(True, description="whether every user of the site may start it")
+    components: list[Component] = Field(min_length=1, max_length=1)
+    restart: bool = Field(False, description="whether an instance that ends by itself is started again")
+    lease_seconds: int | None = Field(None, ge=1, le=31_536_000)
+    intent: Intent = Intent()
+
+    def descriptor(self) -> dict[str, Any]:
+        """What is kept of it besides its name."""
+        return self.model_dump(mode="json", exclude={"name", "version", "public"})
+
+
+class AppCreateBody(Incoming):
+    """One new app."""
+
+    app: AppCreate
+
+
+class AppUpdate(Incoming):
+    """What may change of an app."""
+
+    summary: str | None = Field(None, max_length=1024)
+    public: bool | None = None
+    components: list[Component] | None = Field(None, min_length=1, max_length=1)
+    restart: bool | None = None
+    lease_seconds: int | None = Field(None, ge=1, le=31_536_000)
+    intent: Intent | None = None
+
+
+class AppUpdateBody(Incoming):
+    """Changes of an app."""
+
+    app: AppUpdate
+
+
+class AppView(View):
+    """An app."""
+
+    id: str
+    name: str
+    version: str
+    summary: str
+    public: bool
+    components: list[Mapping[str, Any]]
+    restart: bool
+    lease_seconds: int | None
+    intent: Mapping[str, Any]
+    project_id: str
+    user_id: str
+    created_at: Moment
+    updated_at: Moment
+
+    @classmethod
+    def of(cls, row: App) -> AppView:
+        return cls(
+            id=row.id,
+            name=row.name,
+            version=row.version,
+            public=row.public,
+            **row.descriptor,
+            project_id=row.project_id,
+            user_id=row.user_id,
+            created_at=row.created_at,
+            updated_at=row.updated_at,
+        )
+
+
+class AppBody(View):
+    """One app."""
+
+    app: AppView
+
+
+class AppsBody(View):
+    """A page of apps."""
+
+    apps: list[AppView]
+    links: list[Link]
+
+
+class AppsQuery(ListQuery):
+    """Which apps."""
+
+    SORTED_BY: ClassVar[tuple[str, ...]] = ("created_at", "updated_at", "name", "version")
+
+    name: str | None = Field(None, max_length=255)
+    version: str | None = Field(None, max_length=128)

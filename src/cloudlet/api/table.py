@@ -1,0 +1,61 @@
+"""Every operation of the API on one page. Routes, checks, policy, documents and tests are made from it."""
+
+from __future__ import annotations
+
+from cloudlet.api.handlers import apps, bases, events, instances, operations, overlays, site
+from cloudlet.api.operation import Operation
+from cloudlet.api.policy import ADMIN, ANYBODY, MEMBER, OWNER, PUBLISHER, READER, VISIBLE
+from cloudlet.store.rows import APPS, BASES, INSTANCES, OPERATIONS, OVERLAYS
+
+_BYTES, _TEXT = "application/octet-stream", "text/plain"
+
+# fmt: off
+# ruff: noqa: E501 (a table)
+TABLE: tuple[Operation, ...] = (
+    Operation("GET",    "/",                                  site.versions,          ANYBODY, public=True),
+    Operation("GET",    "/v1",                                site.version,           ANYBODY, public=True),
+    Operation("GET",    "/v1/openapi.json",                   site.openapi,           ANYBODY, public=True),
+    Operation("GET",    "/healthcheck",                       site.healthcheck,       ANYBODY, status=204, public=True),
+    Operation("GET",    "/metrics",                           site.metrics,           ANYBODY, public=True, media=_TEXT),
+    Operation("GET",    "/v1/cloudlets/self",                 site.show,              READER),
+
+    Operation("GET",    "/v1/bases",                          bases.list,             READER),
+    Operation("POST",   "/v1/bases",                          bases.create,           PUBLISHER, status=201),
+    Operation("GET",    "/v1/bases/{base_id}",                bases.show,             READER,  BASES),
+    Operation("DELETE", "/v1/bases/{base_id}",                bases.delete,           ADMIN,   BASES, status=204),
+    Operation("PUT",    "/v1/bases/{base_id}/file",           bases.upload,           OWNER,   BASES, status=202),
+    Operation("HEAD",   "/v1/bases/{base_id}/file",           bases.upload_offset,    OWNER,   BASES),
+
+    Operation("GET",    "/v1/overlays",                       overlays.list,          READER),
+    Operation("POST",   "/v1/overlays",                       overlays.create,        MEMBER,  status=201),
+    Operation("GET",    "/v1/overlays/{overlay_id}",          overlays.show,          VISIBLE, OVERLAYS),
+    Operation("DELETE", "/v1/overlays/{overlay_id}",          overlays.delete,        OWNER,   OVERLAYS, status=204),
+    Operation("PUT",    "/v1/overlays/{overlay_id}/file",     overlays.upload,        OWNER,   OVERLAYS),
+    Operation("HEAD",   "/v1/overlays/{overlay_id}/file",     overlays.upload_offset, VISIBLE, OVERLAYS),
+    Operation("GET",    "/v1/overlays/{overlay_id}/file",     overlays.download,      VISIBLE, OVERLAYS, statuses=(206,), media=_BYTES),
+
+    Operation("GET",    "/v1/apps",                           apps.list,              READER),
+    Operation("POST",   "/v1/apps",                           apps.create,            PUBLISHER, status=201),
+    Operation("GET",    "/v1/apps/{app_id}",                  apps.show,              VISIBLE, APPS),
+    Operation("PATCH",  "/v1/apps/{app_id}",                  apps.update,            OWNER,   APPS),
+    Operation("DELETE", "/v1/apps/{app_id}",                  apps.delete,            OWNER,   APPS, status=204),
+    Operation("POST",   "/v1/apps/{app_id}/prestage",         apps.prestage,          OWNER,   APPS, status=202),
+
+    Operation("GET",    "/v1/instances",                      instances.list,         READER),
+    Operation("POST",   "/v1/instances",                      instances.create,       MEMBER,  status=202),
+    Operation("GET",    "/v1/instances/{instance_id}",        instances.show,         VISIBLE, INSTANCES),
+    Operation("PATCH",  "/v1/instances/{instance_id}",        instances.update,       OWNER,   INSTANCES),
+    Operation("DELETE", "/v1/instances/{instance_id}",        instances.delete,       OWNER,   INSTANCES, status=202),
+    Operation("POST",   "/v1/instances/{instance_id}/pause",  instances.pause,        OWNER,   INSTANCES),
+    Operation("POST",   "/v1/instances/{instance_id}/resume", instances.resume,       OWNER,   INSTANCES, statuses=(202,)),
+    Operation("POST",   "/v1/instances/{instance_id}/suspend", instances.suspend,     OWNER,   INSTANCES, status=202),
+    Operation("POST",   "/v1/instances/{instance_id}/overlay", instances.save,        OWNER,   INSTANCES, status=202),
+    Operation("GET",    "/v1/instances/{instance_id}/console-log", instances.console_log, OWNER, INSTANCES, media=_TEXT),
+
+    Operation("GET",    "/v1/operations",                     operations.list,        READER),
+    Operation("GET",    "/v1/operations/{operation_id}",      operations.show,        VISIBLE, OPERATIONS),
+    Operation("DELETE", "/v1/operations/{operation_id}",      operations.cancel,      OWNER,   OPERATIONS, status=202),
+
+    Operation("GET",    "/v1/events",                         events.list,            READER),
+)
+# fmt: on

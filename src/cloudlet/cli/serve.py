@@ -1,0 +1,115 @@
+"""``cloudlet serve``: make this machine a cloudlet, until it is told to end."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from oslo_config import cfg
+from oslo_log import log
+
+from cloudlet.api import identity
+from cloudlet.api.server import Server
+from cloudlet.api.service import build
+from cloudlet.cli.command import CloudletCommand
+from cloudlet.errors import CloudletError, ConflictError
+from cloudlet.service.options import Options, read_options
+from cloudlet.service.site import ServedSite
+from cloudlet.settings import read_files
+
+LOG = log.getLogger(__name__)
+
+
+class Serve(CloudletCommand):
+    """Serve this machine as a cloudlet: publishers put apps on it, users get their VM over HTTP.
+
+    Without an address it listens on a Unix socket that only you can open, and whoever opens it is the
+    operator. On a port, users show a name and a password; the first one is made and told at the first start.
+    Ctrl-C ends serving, not the instances: the next start finds them.
+
+    Example: cloudlet serve --listen 127.0.0.1:8790
+    """
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "--listen",
+            metavar="ADDRESS",
+            help="unix:PATH, or HOST:PORT (default: as configured, else api.sock)",
+        )
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        options = self._options(parsed_args.listen)
+        _begin_log(self.app.quiet)
+        with _only_one(options.machine.state_dir):
+            if options.auth_strategy == "http_basic" and (first := identity.first_user(options.users_file)):
+                # On standard output, and nowhere else, not even in the log.
+                print(f"user {first[0]}, password {first[1]} (told only now)", flush=True)
+            site = ServedSite.open(options)
+            try:
+                server = Server(options, build(site))
+                self._hear(server, site, parsed_args.listen)
+                self.app.say(f"serving at {server.where}; Ctrl-C ends it, instances go on")
+                server.serve()
+            finally:
+                site.close()
+
+    def _options(self, listen: str | None) -> Options:
+        return read_options(read_files(self.app.options.config_file), self.app.settings, listen)
+
+    def _hear(self, server: Server, site: ServedSite, listen: str | None) -> None:
+        def end(*_: object) -> None:
+            # Not here: the thread that serves may hold a lock that stopping needs.
+            threading.Thread(target=server.stop, name="stop").start()
+
+        def reload(*_: object) -> None:
+            threading.Thread(target=self._reload, args=(site, listen), name="reload").start()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, end)
+        signal.signal(signal.SIGHUP, reload)
+
+    def _reload(self, site: ServedSite, listen: str | None) -> None:
+        try:
+            site.reload(self._options(listen))
+            LOG.info("limits and leases were read again")
+        except CloudletError as error:
+            LOG.error("the settings stay as they were: %s", error)
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Be the only server of a state folder.
+
+    :raises ConflictError: there is one.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(folder / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ConflictError(
+            f"{folder} is served already", hint="stop that server, or name another folder with --state-dir"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _begin_log(quiet: bool) -> None:
+    conf = cfg.ConfigOpts()
+    log.register_options(conf)
+    conf(args=[], project="cloudlet", default_config_files=[], default_config_dirs=[])
+    conf.set_override("use_stderr", True)
+    levels = ["taskflow=WARNING", "cloudlet=WARNING" if quiet else "cloudlet=INFO", "sqlalchemy=WARNING"]
+    conf.set_override(
+        "default_log_levels", [*levels, "alembic=WARNING", "oslo_db=WARNING", "cheroot=WARNING"]
+    )
+    log.setup(conf, "cloudlet")

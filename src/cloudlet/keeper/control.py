@@ -1,0 +1,106 @@
+"""The socket of a keeper: who watches is told of every change, who asks for something gets an answer.
+
+Each connection has a thread; there is one for the site, and one for each thing that is asked for. What is
+asked for is done one at a time. The status is a file too: it is what a site reads that comes later.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from cloudlet.errors import CloudletError, UsageError
+from cloudlet.hypervisor.qemu.sockets import listen
+from cloudlet.keeper.order import Status, describe
+from cloudlet.keeper.wire import Line
+
+SOCKET, STATUS = "control.sock", "status.json"
+
+Progress = Callable[[int, int], None]
+Command = Callable[[Mapping[str, Any], Progress], dict[str, Any]]
+"""Does what is asked, with the arguments of the message, and gives its answer."""
+
+
+class Control:
+    """A keeper's socket and status, in its folder."""
+
+    def __init__(self, folder: Path, commands: Mapping[str, Command]) -> None:
+        self.status = Status()
+        self._folder = folder
+        self._commands = commands
+        self._changed = threading.Condition()
+        self._number = 0
+        self._busy = threading.Lock()
+        self._write()
+        with suppress(FileNotFoundError):  # of a keeper that was killed here
+            (folder / SOCKET).unlink()
+        self._listener = listen(folder / SOCKET)
+        threading.Thread(target=self._accept, name="control", daemon=True).start()
+
+    def tell(self, *, keep: bool = True, **changes: Any) -> None:
+        """Change the status; with ``keep`` also that in the file."""
+        with self._changed:
+            self.status = self.status.with_(**changes)
+            self._number += 1
+            if keep:
+                self._write()
+            self._changed.notify_all()
+
+    def _write(self) -> None:
+        new = self._folder / f"{STATUS}.new"
+        new.write_text(json.dumps(self.status.to_json()))
+        new.replace(self._folder / STATUS)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), name="served", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        line = Line(connection)
+        with suppress(OSError):
+            for message in line.messages():
+                if message.get("do") == "watch":
+                    self._watched(line)
+                else:
+                    self._do(line, message)
+        line.close()
+
+    def _watched(self, line: Line) -> None:
+        seen = -1
+        while True:
+            with self._changed:
+                while self._number == seen:
+                    self._changed.wait()
+                seen, status = self._number, self.status
+            line.send(status.to_json())
+
+    def _do(self, line: Line, message: Mapping[str, Any]) -> None:
+        def progress(done: int, total: int) -> None:
+            line.send({"progress": [done, total]})
+
+        try:
+            command = self._commands.get(str(message.get("do")))
+            if command is None:
+                raise UsageError(f"a keeper cannot {message.get('do')!r}")
+            with self._busy:
+                answer = command(message, progress)
+            line.send({"done": answer})
+        except CloudletError as error:
+            line.send({"error": describe(error)})
+
+
+def read_status(folder: Path) -> Status | None:
+    """What the keeper of a folder said last; None if it has not said anything yet."""
+    try:
+        return Status.from_json(json.loads((folder / STATUS).read_text()))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -1,0 +1,276 @@
+"""A keeper as its site sees it: started through the nursery, found again, watched, asked for things.
+
+One thread reads what all keepers say. Its site is told of each change of a keeper's status, and once of its
+end, however that came: what the keeper said last is in its folder, and a keeper that was killed said nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cloudlet.errors import CloudletError, ConflictError, FailedError
+from cloudlet.hypervisor.qemu.sockets import connect
+from cloudlet.keeper import folder as folders
+from cloudlet.keeper.control import SOCKET, read_status
+from cloudlet.keeper.order import KeeperState, Order, Status, raised, settings_to_json
+from cloudlet.keeper.wire import LONGEST_LINE, Line
+from cloudlet.settings import Settings
+
+_START_SECONDS = 20.0
+"""Longest time until a new keeper can be talked to."""
+_END_SECONDS = 30.0
+_LOOK_SECONDS = 0.01
+
+Told = Callable[[str, Status], None]
+"""Told, from the watching thread, of an instance's id and its new status; once the last is ``ENDED``."""
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class _Watched:
+    instance_id: str
+    connection: socket.socket
+    unread: bytes = b""
+
+
+class Keepers:
+    """The keepers of a site."""
+
+    def __init__(self, settings: Settings, told: Told) -> None:
+        self._settings = settings
+        self._folder = settings.keepers_dir
+        self._told = told
+        self._nursery: tuple[subprocess.Popen[bytes], Line] | None = None
+        self._forking = threading.Lock()
+        self._selector = selectors.DefaultSelector()
+        self._lock = threading.Lock()
+        self._watched: dict[str, _Watched] = {}
+        self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        self._closed = False
+        self._thread = threading.Thread(target=self._watch, name="keepers", daemon=True)
+        self._thread.start()
+
+    def warm(self) -> None:
+        """Have the nursery ready before the first keeper is wanted."""
+        with self._forking:
+            self._nursery_line()
+
+    def start(self, instance_id: str, order: Order) -> None:
+        """Have a keeper for an instance; nothing happens if there is one that lives or that has ended.
+
+        :raises FailedError: it does not begin.
+        """
+        folder = self._folder / instance_id
+        folders.make(folder, order)
+        if not folders.is_kept(folder) and read_status(folder) is None:
+            self._fork(folder)
+        self._adopt(instance_id, folder)
+
+    def adopt(self) -> set[str]:
+        """Watch all keepers that live, whoever started them, and tell of those that have ended; their ids."""
+        if not self._folder.exists():
+            return set()
+        found = {path.name: path for path in self._folder.iterdir() if path.is_dir()}
+        for instance_id, folder in found.items():
+            if folders.is_kept(folder):
+                with suppress(CloudletError):  # it ends just now: its last word is told like any other
+                    self._adopt(instance_id, folder)
+            elif status := self._last_status(folder):
+                self._told(instance_id, status)
+        return set(found)
+
+    def lives(self, instance_id: str) -> bool:
+        """Whether an instance has a living keeper."""
+        return folders.is_kept(self._folder / instance_id)
+
+    def status(self, instance_id: str) -> Status | None:
+        """What the keeper of an instance said last."""
+        return read_status(self._folder / instance_id)
+
+    def ask(
+        self,
+        instance_id: str,
+        what: str,
+        *,
+        timeout: float = 60.0,
+        progress: Progress | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Have a keeper do something, and wait for it.
+
+        :param timeout: seconds in which it must say something.
+        :raises CloudletError: it could not be done, or the keeper has gone.
+        """
+        try:
+            line = Line(connect(self._folder / instance_id / SOCKET, timeout=timeout))
+        except (FailedError, OSError) as error:
+            raise ConflictError(f"instance {instance_id} does not run") from error
+        try:
+            line.send({"do": what, **more})
+            for message in line.messages():
+                if "error" in message:
+                    raise raised(message["error"])
+                if "done" in message:
+                    return dict(message["done"])
+                if progress:
+                    progress(*message["progress"])
+        except TimeoutError as error:
+            raise FailedError(f"the keeper of instance {instance_id} does not answer") from error
+        except OSError as error:
+            raise FailedError(f"the keeper of instance {instance_id} has gone") from error
+        finally:
+            line.close()
+        raise FailedError(f"the keeper of instance {instance_id} ended meanwhile")
+
+    def end(self, instance_id: str) -> None:
+        """End an instance, and forget its keeper. Can be called again.
+
+        :raises FailedError: the keeper does not end.
+        """
+        folder = self._folder / instance_id
+        with suppress(ConflictError, FailedError):
+            self.ask(instance_id, "end", timeout=5.0)
+        deadline = time.monotonic() + _END_SECONDS
+        while folders.is_kept(folder):
+            if time.monotonic() > deadline:
+                raise FailedError(
+                    f"the keeper of instance {instance_id} does not end", hint="see its keeper.log"
+                )
+            time.sleep(_LOOK_SECONDS)
+        self.forget(instance_id)
+
+    def forget(self, instance_id: str) -> None:
+        """Remove what a keeper that has ended left."""
+        with self._lock:
+            self._watched.pop(instance_id, None)
+        folders.remove(self._folder / instance_id)
+
+    def close(self) -> None:
+        """Stop watching; the keepers go on."""
+        self._closed = True
+        self._wake()
+        self._thread.join()
+        if self._nursery:
+            process, line = self._nursery
+            line.close()
+            process.wait()
+        for watched in self._watched.values():
+            watched.connection.close()
+        self._selector.close()
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)
+
+    def _fork(self, folder: Path) -> None:
+        with self._forking:
+            for attempt in (1, 2):
+                try:
+                    line = self._nursery_line()
+                    line.send({"folder": str(folder)})
+                    if line.receive() is not None:
+                        return
+                except OSError:
+                    pass
+                self._nursery = None  # it was killed: another takes its place
+                if attempt == 2:
+                    raise FailedError("no keeper can be started", hint="see the server's log")
+
+    def _nursery_line(self) -> Line:
+        if self._nursery is None:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "cloudlet.keeper.nursery", str(theirs.fileno()),
+                     json.dumps(settings_to_json(self._settings))],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    # One thread, or a fork would not be safe.
+                    env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                )  # fmt: skip
+            self._nursery = process, Line(ours)
+        return self._nursery[1]
+
+    def _adopt(self, instance_id: str, folder: Path) -> None:
+        """Watch a keeper that has begun, or is about to."""
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                connection = connect(folder / SOCKET, timeout=_START_SECONDS)
+                break
+            except (FailedError, OSError) as error:
+                if (status := read_status(folder)) and status.state is KeeperState.ENDED:
+                    self._told(instance_id, status)
+                    return
+                if time.monotonic() > deadline:
+                    raise FailedError(f"the keeper of instance {instance_id} does not begin") from error
+                time.sleep(_LOOK_SECONDS)
+        Line(connection).send({"do": "watch"})
+        connection.setblocking(False)
+        with self._lock:
+            if instance_id in self._watched:
+                connection.close()
+                return
+            self._watched[instance_id] = _Watched(instance_id, connection)
+        self._wake()
+
+    def _wake(self) -> None:
+        with suppress(BlockingIOError):
+            os.write(self._wake_writer, b"\0")
+
+    def _watch(self) -> None:
+        while not self._closed:
+            with self._lock:
+                known = {key.data.instance_id for key in self._selector.get_map().values() if key.data}
+                for instance_id, watched in self._watched.items():
+                    if instance_id not in known:
+                        self._selector.register(watched.connection, selectors.EVENT_READ, watched)
+            for key, _ in self._selector.select():
+                if key.data is None:
+                    with suppress(BlockingIOError):
+                        os.read(self._wake_reader, 4096)
+                else:
+                    self._hear(key.data)
+
+    def _hear(self, watched: _Watched) -> None:
+        try:
+            piece = watched.connection.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            piece = b""
+        *lines, watched.unread = (watched.unread + piece).split(b"\n")
+        if lines:  # those before the last are old already; the end is told when it is one
+            status = Status.from_json(json.loads(lines[-1]))
+            if status.state is not KeeperState.ENDED:
+                self._told(watched.instance_id, status)
+        if piece and len(watched.unread) < LONGEST_LINE:
+            return
+        self._selector.unregister(watched.connection)
+        watched.connection.close()
+        with self._lock:
+            forgotten = self._watched.pop(watched.instance_id, None) is None
+        if not forgotten and (last := self._last_status(self._folder / watched.instance_id)):
+            self._told(watched.instance_id, last)
+
+    def _last_status(self, folder: Path) -> Status | None:
+        """The last status of a keeper that has gone, or is about to."""
+        deadline = time.monotonic() + _END_SECONDS
+        while folders.is_kept(folder) and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+        status = read_status(folder)
+        if status and status.state is not KeeperState.ENDED:
+            killed = {"kind": "FailedError", "message": "its keeper was killed", "hint": ""}
+            status = status.with_(state=KeeperState.ENDED, endpoints=(), error=killed)
+        return status

@@ -1,0 +1,109 @@
+"""What a keeper is told to keep, and what it says of it: values that cross a socket and survive in files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Self
+
+from cloudlet import errors
+from cloudlet.control.delivery import PATIENCE
+from cloudlet.errors import CloudletError, FailedError
+from cloudlet.model import Endpoint, PublishedPort
+from cloudlet.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A machine that is wanted."""
+
+    source: str
+    """The overlay: a path or an http(s) URL."""
+    ports: tuple[PublishedPort, ...] = ()
+    allow_unsigned: bool = False
+    use_image: bool = True
+    patience: float = PATIENCE
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        known = dict(data)
+        known["ports"] = tuple(PublishedPort(**port) for port in known["ports"])
+        return cls(**known)
+
+
+class KeeperState(StrEnum):
+    """What a keeper does, in this order."""
+
+    STARTING = "starting"
+    ANSWERING = "answering"
+    """The application answers; the machine's identity is being renewed."""
+    READY = "ready"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a keeper says of its machine; the last one stays when it has ended."""
+
+    state: KeeperState = KeeperState.STARTING
+    paused: bool = False
+    machine: str = ""
+    """The instance's id with the hypervisor."""
+    folder: str = ""
+    """Where the hypervisor keeps it."""
+    endpoints: tuple[Endpoint, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+    received: int = 0
+    total: int = 0
+    """Bytes of the overlay."""
+    start: str = ""
+    """How the machine was started: hot, ready, full, or image."""
+    renewed: bool = False
+    told: bool = False
+    """Whether it ended because it was told to."""
+    error: Mapping[str, str] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        known = dict(data)
+        known["state"] = KeeperState(known["state"])
+        known["endpoints"] = tuple(Endpoint(**endpoint) for endpoint in known["endpoints"])
+        return cls(**known)
+
+    def with_(self, **changes: Any) -> Status:
+        return replace(self, **changes)
+
+
+def describe(error: CloudletError) -> dict[str, str]:
+    """An error as text, for another process."""
+    return {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+
+
+def raised(described: Mapping[str, str]) -> CloudletError:
+    """The error that :func:`describe` described."""
+    kind = getattr(errors, described.get("kind", ""), FailedError)
+    if not (isinstance(kind, type) and issubclass(kind, CloudletError)):
+        kind = FailedError
+    return kind(described.get("message", ""), hint=described.get("hint", ""))
+
+
+def settings_to_json(settings: Settings) -> dict[str, Any]:
+    """A machine's settings, for another process."""
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()
+    }
+
+
+def settings_from_json(data: Mapping[str, Any]) -> Settings:
+    known: dict[str, Any] = {
+        name: Path(value) if name.endswith("_dir") else value for name, value in data.items()
+    }
+    return Settings(**known)

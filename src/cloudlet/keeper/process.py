@@ -1,0 +1,196 @@
+"""The life of a keeper: take the folder, make the machine, tell how it is, end it when told to.
+
+Whatever ends it, nothing of the machine is left: a machine without its keeper would be nobody's. If it is
+killed, the next look at the site's folders ends the machine.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cloudlet.control.save import save
+from cloudlet.control.site import Site
+from cloudlet.control.synthesis import Request, Synthesised, synthesise
+from cloudlet.errors import CloudletError, ConflictError, FailedError, of_the_system
+from cloudlet.hypervisor.driver import Instance, RunState
+from cloudlet.keeper.control import Control, Progress
+from cloudlet.keeper.folder import ORDER, take
+from cloudlet.keeper.order import KeeperState, Order, describe
+from cloudlet.settings import Settings
+from cloudlet.transfer.source import open_source
+
+_TOLD_SECONDS = 0.25
+"""Between two words about bytes that arrive."""
+
+
+class _ToldToEnd(BaseException):
+    """Raised in the main thread by SIGTERM."""
+
+
+class Keeper:
+    """One keeper."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._made: Synthesised | None = None
+        self._site: Site | None = None
+        self._told = threading.Event()
+        self._last_told = 0.0
+        commands = {"pause": self._pause, "resume": self._resume, "save": self._save, "end": self._end}
+        self._control = Control(folder, commands)
+
+    def run(self, order: Order) -> None:
+        """Keep the machine of ``order`` until it ends or is told to."""
+        tell = self._control.tell
+        try:
+            self._keep(order)
+        except _ToldToEnd:
+            tell(keep=False, told=True)
+        except CloudletError as error:
+            tell(keep=False, error=describe(error))
+        except (OSError, MemoryError) as error:
+            tell(keep=False, error=describe(of_the_system(error)))
+        except Exception as error:
+            traceback.print_exc()
+            said = f"a defect: {type(error).__name__}: {error}"
+            tell(keep=False, error=describe(FailedError(said, hint="see keeper.log of the instance")))
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            Site.abandon(self._settings)
+            tell(state=KeeperState.ENDED, endpoints=(), told=self._told.is_set())
+
+    def told_to_end(self, _number: int = 0, _frame: FrameType | None = None) -> None:
+        """SIGTERM's handler: once, and not again while things are being cleaned up."""
+        if not self._told.is_set():
+            self._told.set()
+            raise _ToldToEnd
+
+    def _keep(self, order: Order) -> None:
+        self._site = site = Site.open(self._settings)
+        request = Request(
+            ports=order.ports,
+            allow_unsigned=order.allow_unsigned,
+            use_image=order.use_image,
+            patience=order.patience,
+        )
+        with (
+            open_source(order.source, io.BytesIO(), patience=order.patience) as source,
+            synthesise(
+                site,
+                source,
+                request,
+                progress=self._received,
+                answering=self._answering,
+                arrived=self._arrived,
+            ) as made,
+        ):
+            self._made = made
+            self._ready(made)
+            made.instance.wait()
+            # Its console and log go with it: what they say of its end is all there will be.
+            raise FailedError(f"the machine ended by itself: {_last_words(made.instance)}")
+
+    def _received(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - self._last_told > _TOLD_SECONDS:
+            self._last_told = now
+            self._control.tell(keep=False, received=done, total=total)
+
+    def _answering(self, instance: Instance) -> None:
+        self._control.tell(state=KeeperState.ANSWERING, **_place(instance))
+
+    def _ready(self, made: Synthesised) -> None:
+        started = made.started
+        self._control.tell(
+            state=KeeperState.READY,
+            timings=dict(made.timings.moments),
+            total=made.overlay_bytes,
+            start="image" if started.from_image else started.choice.start.value,
+            renewed=made.renewed,
+            **_place(made.instance),
+        )
+
+    def _arrived(self) -> None:
+        if made := self._made:
+            whole = made.overlay_bytes
+            self._control.tell(timings=dict(made.timings.moments), received=whole, total=whole)
+
+    def _machine(self) -> Synthesised:
+        if self._made is None:
+            raise ConflictError("the machine is not there yet", hint="wait until it is active")
+        return self._made
+
+    def _pause(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
+        self._machine().instance.pause()
+        self._control.tell(paused=True)
+        return {}
+
+    def _resume(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
+        self._machine().instance.resume()
+        self._control.tell(paused=False)
+        return {}
+
+    def _save(self, message: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        """Save the machine as an overlay to the file ``output``; with ``stay`` it does not run on."""
+        made = self._machine()
+        assert self._site
+        stay = bool(message.get("stay"))
+        try:
+            saved = save(
+                self._site, made, Path(str(message["output"])), paused=self._control.status.paused or stay,
+                quiet=not (stay or self._control.status.paused), progress=progress,
+            )  # fmt: skip
+        finally:
+            self._control.tell(paused=made.instance.state() is RunState.PAUSED)
+        return {"pause_seconds": saved.pause_seconds}
+
+    def _end(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+
+def _place(instance: Instance) -> dict[str, Any]:
+    return {"machine": instance.id, "folder": str(instance.directory), "endpoints": instance.endpoints}
+
+
+def _last_words(instance: Instance) -> str:
+    for name in ("machine.log", "qemu.log"):
+        with suppress(OSError):
+            if lines := (instance.directory / name).read_text(errors="replace").strip().splitlines():
+                return lines[-1][-300:]
+    return "it left no word"
+
+
+def main(settings: Settings, folder: Path) -> int:
+    """The whole life of a process that was forked to be the keeper of ``folder``."""
+    try:
+        lock = take(folder)
+    except OSError as error:
+        # Another keeper is there already: who asked for this one did not know of it.
+        return 0 if error.errno == errno.EWOULDBLOCK else 1
+    log = os.open(folder / "keeper.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    order = Order.from_json(json.loads((folder / ORDER).read_text()))
+    keeper = Keeper(settings, folder)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, keeper.told_to_end)
+    keeper.run(order)
+    sys.stdout.flush()
+    os.close(lock)
+    return 0

@@ -1,0 +1,49 @@
+"""Lines of JSON on a Unix socket: how keepers, their nursery and their site talk."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+LONGEST_LINE = 1 << 20
+
+
+class Line:
+    """One end of a connection. One thread reads, and any number write."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self._reader = connection.makefile("rb")
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message.
+
+        :raises OSError: who should read it has gone.
+        """
+        self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next message; None when there will be none.
+
+        :raises TimeoutError: none came in the socket's time.
+        """
+        try:
+            text = self._reader.readline(LONGEST_LINE)
+            message = json.loads(text) if text.endswith(b"\n") else None
+        except (ConnectionError, ValueError):
+            return None
+        return message if isinstance(message, dict) else None
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """The messages to the end."""
+        while (message := self.receive()) is not None:
+            yield message
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self._reader.close()
+        self.socket.close()

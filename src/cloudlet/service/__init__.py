@@ -1,0 +1,20 @@
+"""What a site does for its users: the stories of a cloudlet that is a service.
+
+:mod:`cloudlet.control` makes machines on this machine. Here they become instances that belong to somebody,
+have a lease, fit into the site's limits, and outlive the process that serves them. Nothing here knows HTTP.
+
+==============  ================================================================
+site.py         what all stories need, wired once
+options.py      the settings of a service
+capacity.py     what fits, decided under a lock
+instances.py    asked for, listed, changed, ended
+keeping.py      what becomes of instances: what their keepers tell
+overlays.py     the way of an overlay into the site
+bases.py        the way of a base
+apps.py         descriptors, and what is brought here before it is needed
+work.py         operations: long work that survives a crash and can be undone
+flows.py        which steps each kind of operation has
+leases.py       what time does to instances
+news.py         who waits for what, in memory
+==============  ================================================================
+"""

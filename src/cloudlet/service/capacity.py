@@ -1,0 +1,98 @@
+"""What fits: the site's limits, kept under a lock, so that no race exceeds them.
+
+An instance's row is its reservation. It is written in a transaction that first locks one row of the database,
+which all who admit do; so what is counted is true until the row stands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from cloudlet.errors import CapacityError, TooLargeError
+from cloudlet.model import format_bytes
+from cloudlet.service.options import Limits
+from cloudlet.store import tables
+from cloudlet.store.rows import FileState, InstanceState
+
+_LOCK = "capacity"
+_TAKES_NOTHING = (InstanceState.FAILED, InstanceState.SUSPENDED)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What instances have, or are to have."""
+
+    instances: int = 0
+    memory_bytes: int = 0
+    cpus: int = 0
+    disk_bytes: int = 0
+
+
+def lock(connection: Connection) -> None:
+    """Be the only one who admits, to the end of the transaction."""
+    counters = tables.counters
+    connection.execute(sa.update(counters).where(counters.c.name == _LOCK).values(value=counters.c.value + 1))
+
+
+def used(connection: Connection) -> Usage:
+    """What all instances of the site have."""
+    columns = tables.instances.c
+    query = sa.select(
+        sa.func.count(),
+        sa.func.coalesce(sa.func.sum(columns.memory_bytes), 0),
+        sa.func.coalesce(sa.func.sum(columns.cpus), 0),
+        sa.func.coalesce(sa.func.sum(columns.disk_bytes), 0),
+    ).where(columns.state.not_in(_TAKES_NOTHING))
+    return Usage(*(int(value) for value in connection.execute(query).one()))
+
+
+def admit(connection: Connection, limits: Limits, wanted: Usage) -> None:
+    """Whether so much more fits. The caller writes its row in the same transaction.
+
+    :raises CapacityError: it does not; the message says what is missing.
+    """
+    lock(connection)
+    have = used(connection)
+    missing = []
+    for name, limit, taken, more in (
+        ("instances", limits.instances, have.instances, wanted.instances),
+        ("cpus", limits.cpus, have.cpus, wanted.cpus),
+    ):
+        if taken + more > limit:
+            missing.append(f"{taken + more - limit} {name} ({taken} of {limit} taken)")
+    for name, limit_bytes, taken, more in (
+        ("memory", limits.memory_bytes, have.memory_bytes, wanted.memory_bytes),
+        ("disk", limits.disk_bytes, have.disk_bytes, wanted.disk_bytes),
+    ):
+        if limit_bytes is not None and taken + more > limit_bytes:
+            short = format_bytes(taken + more - limit_bytes)
+            missing.append(f"{short} of {name} ({format_bytes(taken)} of {format_bytes(limit_bytes)} taken)")
+    if missing:
+        raise CapacityError(
+            f"the site is full: it lacks {', '.join(missing)}", hint="try again later, or elsewhere"
+        )
+
+
+def admit_upload(
+    connection: Connection, limits: Limits, project_id: str, size: int, replaces: int = 0
+) -> None:
+    """Whether a project may upload so many bytes more; the caller writes the size in the same transaction.
+
+    :raises TooLargeError: it may not.
+    """
+    lock(connection)
+    overlays = tables.overlays.c
+    total = sa.func.coalesce(sa.func.sum(overlays.size), 0)
+    mine = sa.select(total).where(
+        overlays.project_id == project_id, overlays.state != FileState.REJECTED, overlays.url.is_(None)
+    )
+    taken = int(connection.execute(mine).scalar_one()) - replaces
+    if taken + size > limits.project_upload_bytes:
+        left = max(0, limits.project_upload_bytes - taken)
+        raise TooLargeError(
+            f"the project may upload {format_bytes(left)} more, not {format_bytes(size)}",
+            hint="delete overlays that are not needed, or ask the provider for more",
+        )

@@ -1,0 +1,271 @@
+"""The steps of every kind of operation. A kind is a line of the table at the end; a step is a class.
+
+What a step needs it reads from the rows, and what it did it writes there: so it can be done again by another
+process. What must be undone is told by the rows too.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.engine import Connection
+
+from cloudlet.errors import ConflictError, FailedError, NotFoundError
+from cloudlet.keeper.order import KeeperState, Order, Status, raised
+from cloudlet.service import overlays
+from cloudlet.service.keeping import endpoints_of
+from cloudlet.service.work import Flow, Step
+from cloudlet.store import journal
+from cloudlet.store.rows import INSTANCES, OVERLAYS, Instance, InstanceState
+
+_READY_SECONDS = 3600.0
+"""Longest time for an instance to be ready, its download included: the keeper has shorter ones of its own."""
+_SAVE_SECONDS = 600.0
+
+
+class _OfInstance(Step):
+    """A step that works on an instance."""
+
+    @property
+    def instance_id(self) -> str:
+        return self.operation.resources["instance"]
+
+    def instance(self) -> Instance:
+        return self.site.database.read(lambda connection: INSTANCES.get(connection, self.instance_id))
+
+    def become(self, state: InstanceState, event: str | None = None, **changes: Any) -> None:
+        """Change the instance's state, with an event unless it is in that state already."""
+
+        def note(connection: Connection) -> None:
+            before = INSTANCES.get(connection, self.instance_id, lock=True)
+            if before.state is InstanceState.DELETING:
+                return  # nothing else becomes of it any more
+            after = INSTANCES.update(connection, self.instance_id, state=state, **changes)
+            if event and before.state != state:
+                journal.emit(
+                    connection, "instance", event, after, state=state, endpoints=list(after.endpoints)
+                )
+
+        self.site.database.write(note)
+
+
+class Start(_OfInstance):
+    """Have a keeper for the instance."""
+
+    step = "start"
+
+    def do(self) -> None:
+        instance = self.instance()
+        order = Order.from_json(instance.order)
+        if instance.overlay_id:
+            order = self.site.overlays.order(instance.overlay_id, order)
+        status = self.site.keeping.status(self.instance_id)
+        if status and status.state is KeeperState.ENDED:
+            # Of an earlier try, or of the machine that is to be started again.
+            self.site.keeping.end(self.instance_id)
+        self.site.keeping.keepers.start(self.instance_id, order)
+
+    def undo(self) -> None:
+        self.site.keeping.end(self.instance_id)
+
+
+class Synthesise(_OfInstance):
+    """Wait until its machine runs and answers, and say where."""
+
+    step = "synthesise"
+
+    def do(self) -> None:
+        self.become(InstanceState.SYNTHESISING)
+        status = self.site.keeping.wait(self.instance_id, _settled, _READY_SECONDS, self._look)
+        if status.state is KeeperState.ENDED:
+            raise raised(status.error or {"message": "the machine ended before it was ready"})
+        self.become(
+            InstanceState.ACTIVE, "active",
+            endpoints=endpoints_of(status), timings=dict(status.timings), error=None,
+        )  # fmt: skip
+        self.site.instances.begin_lease(self.instance_id)
+
+    def undo(self) -> None:
+        with suppress(NotFoundError):
+            self.become(InstanceState.FAILED, "failed", endpoints=[])
+
+    def _look(self, status: Status) -> None:
+        self.running.check()
+        if status.total:
+            self.running.progress(status.received, status.total)
+
+
+class Stop(_OfInstance):
+    """End its machine."""
+
+    step = "stop"
+
+    def do(self) -> None:
+        self.site.keeping.end(self.instance_id)
+
+
+class Forget(_OfInstance):
+    """Remove its row, and what belongs to it alone."""
+
+    step = "forget"
+
+    def do(self) -> None:
+        self.site.instances.suspended_file(self.instance_id).unlink(missing_ok=True)
+
+        def remove(connection: Connection) -> None:
+            try:
+                instance = INSTANCES.get(connection, self.instance_id, lock=True)
+            except NotFoundError:
+                return
+            INSTANCES.delete(connection, instance.id)
+            journal.emit(connection, "instance", "deleted", instance)
+
+        self.site.database.write(remove)
+        self.site.blobs.release(f"instance:{self.instance_id}")
+
+
+class Save(_OfInstance):
+    """Write the machine as an overlay to a file; it pauses for a moment."""
+
+    step = "save"
+
+    def do(self) -> None:
+        target = self._target()
+        if not target.exists():  # else it was saved before a crash
+            self._save(target, stay=False)
+
+    def undo(self) -> None:
+        self._target().unlink(missing_ok=True)
+
+    def _target(self) -> Path:
+        return self.site.blobs.staging(f"save-{self.operation.id}")
+
+    def _save(self, target: Path, *, stay: bool) -> None:
+        self.site.keeping.keepers.ask(
+            self.instance_id, "save", output=str(target), stay=stay, timeout=_SAVE_SECONDS,
+            progress=lambda done, total: self.running.progress(done * 4096, total * 4096),
+        )  # fmt: skip
+
+
+class Keep(Step):
+    """Make the saved file an overlay of the site."""
+
+    step = "keep"
+
+    def do(self) -> None:
+        overlay_id = self.operation.resources["overlay"]
+        file = self.site.blobs.staging(f"save-{self.operation.id}")
+        self.site.overlays.finish(overlay_id, file, self.running.progress)
+
+    def undo(self) -> None:
+        self.site.overlays.reject(self.operation.resources["overlay"], FailedError("it could not be saved"))
+
+
+class Suspend(Save):
+    """Write the machine to a file of the site; it stays paused."""
+
+    step = "suspend"
+
+    def do(self) -> None:
+        if not (target := self._target()).exists():
+            target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._save(target, stay=True)
+
+    def undo(self) -> None:
+        super().undo()
+        with suppress(ConflictError, FailedError):
+            self.site.keeping.keepers.ask(self.instance_id, "resume")
+        with suppress(NotFoundError):
+            self.become(InstanceState.ACTIVE)
+
+    def _target(self) -> Path:
+        return self.site.instances.suspended_file(self.instance_id)
+
+
+class Suspended(Stop):
+    """End the machine; its file is what is left of it."""
+
+    step = "stop"
+
+    def do(self) -> None:
+        self.become(InstanceState.SUSPENDED, "suspended", endpoints=[])
+        super().do()
+
+
+class Resume(Start):
+    """Have a keeper for the instance again, from the file that was written when it was suspended."""
+
+    step = "start"
+
+    def do(self) -> None:
+        instance = self.instance()
+        file = self.site.instances.suspended_file(self.instance_id)
+        order = Order.from_json({**instance.order, "source": str(file), "use_image": False})
+        status = self.site.keeping.status(self.instance_id)
+        if status and status.state is KeeperState.ENDED:
+            self.site.keeping.end(self.instance_id)
+        self.site.keeping.keepers.start(self.instance_id, order)
+
+
+class Resumed(Synthesise):
+    """Wait until it runs, and drop the file."""
+
+    step = "synthesise"
+
+    def do(self) -> None:
+        super().do()
+        self.site.instances.suspended_file(self.instance_id).unlink(missing_ok=True)
+
+    def undo(self) -> None:
+        with suppress(NotFoundError):
+            self.become(InstanceState.SUSPENDED, endpoints=[])
+
+
+class Fetch(Step):
+    """Bring an overlay here from its URL, verify it, and keep it as long as there is room."""
+
+    step = "fetch"
+
+    def do(self) -> None:
+        overlay_id = self.operation.resources["overlay"]
+        overlay = self.site.database.read(lambda connection: OVERLAYS.get(connection, overlay_id))
+        if overlay.digest and self.site.blobs.path(overlay.digest):
+            return
+        file = self.site.blobs.staging(f"fetch-{overlay_id}")
+        assert overlay.url
+        overlays.download(overlay.url, file, self.running.progress)
+        self.site.overlays.finish(overlay_id, file, self.running.progress)
+
+    def undo(self) -> None:
+        self.site.blobs.staging(f"fetch-{self.operation.resources['overlay']}").unlink(missing_ok=True)
+
+
+class ImportBase(Step):
+    """Unpack the uploaded base, every file of it compared with its digest."""
+
+    step = "import"
+
+    def do(self) -> None:
+        self.site.bases.unpack(self.operation.resources["base"], self.running.progress)
+
+    def undo(self) -> None:
+        self.site.bases.reject(self.operation.resources["base"], FailedError("it could not be imported"))
+
+
+FLOWS: dict[str, Flow] = {
+    "instance.create": (Start, Synthesise),
+    "instance.restart": (Start, Synthesise),
+    "instance.delete": (Stop, Forget),
+    "instance.save": (Save, Keep),
+    "instance.suspend": (Suspend, Suspended),
+    "instance.resume": (Resume, Resumed),
+    "overlay.fetch": (Fetch,),
+    "base.import": (ImportBase,),
+    "app.prestage": (Fetch,),
+}
+
+
+def _settled(status: Status) -> bool:
+    return status.state is not KeeperState.STARTING

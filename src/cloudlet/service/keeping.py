@@ -1,0 +1,165 @@
+"""What becomes of instances: what their keepers tell, as it comes, and all at once when a site starts.
+
+A keeper's word reaches its instance's row here. Whoever waits for a machine waits here too.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from oslo_log import log
+from sqlalchemy.engine import Connection
+
+from cloudlet.errors import ConflictError, FailedError, NotFoundError
+from cloudlet.keeper.handle import Keepers
+from cloudlet.keeper.order import KeeperState, Status, describe
+from cloudlet.store import journal
+from cloudlet.store.rows import INSTANCES, OPERATIONS, Instance, InstanceState, OperationState
+
+if TYPE_CHECKING:
+    from cloudlet.service.site import ServedSite
+
+LOG = log.getLogger(__name__)
+MOST_RESTARTS = 5
+_RUNNING = (InstanceState.ACTIVE, InstanceState.PAUSED, InstanceState.EXPIRED)
+
+
+class Keeping:
+    """The keepers of a site, and what they said last."""
+
+    def __init__(self, site: ServedSite) -> None:
+        self._site = site
+        self._changed = threading.Condition()
+        self._statuses: dict[str, Status] = {}
+        self.keepers = Keepers(site.options.machine, self._told)
+
+    def status(self, instance_id: str) -> Status | None:
+        """What the keeper of an instance said last, if there is one."""
+        return self._statuses.get(instance_id) or self.keepers.status(instance_id)
+
+    def known(self, instance_id: str) -> Status | None:
+        """The same, if it is in memory."""
+        return self._statuses.get(instance_id)
+
+    def wait(
+        self,
+        instance_id: str,
+        until: Callable[[Status], bool],
+        timeout: float,
+        each: Callable[[Status], None],
+    ) -> Status:
+        """Wait until a keeper's status is as wanted; ``each`` is called at every change, and may raise.
+
+        :raises FailedError: it was not in so many seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._changed:
+                status = self._statuses.get(instance_id)
+            if status:
+                each(status)
+                if until(status):
+                    return status
+            with self._changed:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise FailedError(f"instance {instance_id} is not ready after {timeout:.0f} s")
+                if self._statuses.get(instance_id) is status:
+                    self._changed.wait(min(left, 1.0))
+
+    def wake(self) -> None:
+        """Have those who wait look again: something was cancelled."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def end(self, instance_id: str) -> None:
+        """End the machine of an instance, if there is one, and forget what its keeper said."""
+        self.keepers.end(instance_id)
+        with self._changed:
+            self._statuses.pop(instance_id, None)
+        # What a keeper that was killed left.
+        self._site.machine.hypervisor.reap()
+
+    def adopt(self) -> None:
+        """At the start: find the keepers that live, end those nobody knows, note what became of others."""
+        self.keepers.warm()
+        found = self.keepers.adopt()
+
+        def read(connection: Connection) -> tuple[dict[str, Instance], set[str]]:
+            states = (OperationState.PENDING, OperationState.RUNNING)
+            busy = OPERATIONS.list(connection, state=states)
+            return (
+                {instance.id: instance for instance in INSTANCES.list(connection)},
+                {operation.resources["instance"] for operation in busy if "instance" in operation.resources},
+            )
+
+        known, busy = self._site.database.read(read)
+        for orphan in found - known.keys():
+            LOG.warning("instance %s is in no row: its machine is ended", orphan)
+            self.end(orphan)
+        for instance in known.values():
+            if instance.state in _RUNNING and instance.id not in found and instance.id not in busy:
+                self._ended(instance, describe(FailedError("its machine was gone when the site started")))
+
+    def close(self) -> None:
+        """Stop watching; the machines go on."""
+        self.keepers.close()
+
+    def _told(self, instance_id: str, status: Status) -> None:
+        with self._changed:
+            self._statuses[instance_id] = status
+            self._changed.notify_all()
+        try:
+            if status.state is KeeperState.ENDED:
+                self._machine_ended(instance_id, status)
+            elif status.state is KeeperState.READY:
+                self._site.database.write(lambda connection: self._note(connection, instance_id, status))
+        except NotFoundError:
+            pass  # it was deleted meanwhile
+        except Exception:
+            LOG.exception("what became of instance %s could not be noted", instance_id)
+
+    def _note(self, connection: Connection, instance_id: str, status: Status) -> None:
+        """Have the row say what the keeper says, where that may change by itself."""
+        instance = INSTANCES.get(connection, instance_id)
+        if instance.state in _RUNNING and dict(instance.timings) != dict(status.timings):
+            INSTANCES.update(connection, instance_id, timings=dict(status.timings))
+
+    def _machine_ended(self, instance_id: str, status: Status) -> None:
+        instance = self._site.database.read(lambda connection: INSTANCES.get(connection, instance_id))
+        if instance.state in _RUNNING and not status.told:
+            self._ended(instance, dict(status.error or describe(FailedError("it ended by itself"))))
+
+    def _ended(self, instance: Instance, error: dict[str, str]) -> None:
+        """A machine has ended that should run."""
+        restart = instance.restart and instance.restarts < MOST_RESTARTS
+        self._site.machine.hypervisor.reap()
+
+        def note(connection: Connection) -> Any:
+            state = InstanceState.SYNTHESISING if restart else InstanceState.FAILED
+            try:
+                changed = INSTANCES.update(
+                    connection,
+                    instance.id,
+                    where={"state": _RUNNING},
+                    state=state,
+                    error=error,
+                    endpoints=[],
+                    restarts=instance.restarts + restart,
+                )
+            except ConflictError:
+                return None  # somebody has begun to delete it
+            journal.emit(connection, "instance", "ended", changed, error=error, restarts=restart)
+            return self._site.instances.restart(connection, changed) if restart else None
+
+        if operation := self._site.database.write(note):
+            self._site.work.submit(operation)
+
+
+def endpoints_of(status: Status) -> list[dict[str, Any]]:
+    """Where an instance is reached, as its row keeps it."""
+    return [{**asdict(endpoint), "url": endpoint.url} for endpoint in status.endpoints]

@@ -1,0 +1,124 @@
+"""Who waits for what: the newest events and the changes of operations, in memory.
+
+Waiters never ask the database. One thread reads each new event once and hands it to all of them; who was
+away for longer than memory reaches begins with the journal.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from cloudlet.store import journal
+from cloudlet.store.database import Database
+from cloudlet.store.journal import Event
+
+_REMEMBERED = 10_000
+_BATCH = 1000
+_OTHERS_SECONDS = 1.0
+"""How often to look for events that another process of this site wrote."""
+
+
+class News:
+    """What happened last, and the waiting for what comes."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._changed = threading.Condition()
+        self._last = database.read(journal.last_number)
+        self._events: deque[Event] = deque(maxlen=_REMEMBERED)
+        self._before = self._last
+        """The number before the first event that is remembered."""
+        self._operations: dict[str, int] = {}
+        self._written = threading.Event()
+        self._closed = False
+        database.when_committed(self._written.set)
+        self._thread = threading.Thread(target=self._run, name="news", daemon=True)
+        self._thread.start()
+
+    @property
+    def last(self) -> int:
+        """The number of the last event."""
+        return self._last
+
+    @property
+    def closed(self) -> bool:
+        """Whether the site has stopped serving."""
+        return self._closed
+
+    def events(
+        self, after: int, wanted: Callable[[Event], bool], limit: int, timeout: float
+    ) -> tuple[list[Event], int] | None:
+        """The wanted events after a number, and the number up to which there are no others.
+
+        Waits for one, at most ``timeout`` seconds. None where memory does not reach so far: read the journal.
+        """
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                if after < self._before:
+                    return None
+                found = []
+                for event in self._newer(after):
+                    if wanted(event):
+                        found.append(event)
+                        if len(found) == limit:
+                            return found, event.number
+                after = max(after, self._last)
+                left = deadline - time.monotonic()
+                if found or left <= 0 or self._closed:
+                    return found, after
+                self._changed.wait(left)
+
+    def operation_changed(self, operation_id: str) -> None:
+        """Wake those who wait for an operation."""
+        with self._changed:
+            if operation_id in self._operations:
+                self._operations[operation_id] += 1
+                self._changed.notify_all()
+
+    def wait_operation(self, operation_id: str, timeout: float, ended: Callable[[], bool]) -> None:
+        """Wait until ``ended``, asked again whenever the operation changes, at most for so many seconds."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            seen = self._operations.setdefault(operation_id, 0)
+        while not ended():
+            with self._changed:
+                left = deadline - time.monotonic()
+                known = self._operations.get(operation_id, 0)
+                if left <= 0 or self._closed:
+                    return
+                if known == seen:
+                    # Another process of this site may be at work on it.
+                    self._changed.wait(min(left, _OTHERS_SECONDS))
+                seen = self._operations.get(operation_id, 0)
+
+    def close(self) -> None:
+        """Send all waiters home."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._written.set()
+        self._thread.join()
+
+    def _newer(self, after: int) -> list[Event]:
+        if not self._events or after >= self._last:
+            return []
+        # Numbers have no gaps, but old events may have been forgotten: count from the end.
+        first = max(0, len(self._events) - (self._last - after))
+        return [self._events[at] for at in range(first, len(self._events)) if self._events[at].number > after]
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._written.wait(_OTHERS_SECONDS)
+            self._written.clear()
+            while new := self._database.read(lambda connection: journal.read(connection, self._last, _BATCH)):
+                with self._changed:
+                    for event in new:
+                        if len(self._events) == _REMEMBERED:
+                            self._before = self._events[0].number
+                        self._events.append(event)
+                    self._last = new[-1].number
+                    self._changed.notify_all()

@@ -1,0 +1,141 @@
+"""The settings of a service, read once; those that may change while it runs are read again at SIGHUP."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from oslo_config import cfg
+
+from cloudlet.errors import UsageError
+from cloudlet.model import GIBIBYTE, MEBIBYTE
+from cloudlet.settings import Settings, config_dir
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What all instances together may have; None: as much as there is."""
+
+    memory_bytes: int
+    cpus: int
+    disk_bytes: int | None
+    instances: int
+    project_upload_bytes: int
+    blob_cache_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leases:
+    """Seconds of leases; 0 in the first two: without end."""
+
+    default: int
+    most: int
+    warning: int
+    grace: int
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """Where a service listens: a Unix socket, or a host and a port."""
+
+    path: Path | None = None
+    host: str = ""
+    port: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Listening:
+        """Read ``unix:PATH`` or ``HOST:PORT``.
+
+        :raises UsageError: it is neither.
+        """
+        kind, _, rest = text.partition(":")
+        if kind == "unix" and rest:
+            return cls(path=Path(rest).absolute())
+        host, _, port = text.rpartition(":")
+        if host and port.isdecimal() and int(port) < 65536:
+            return cls(host=host.removeprefix("[").removesuffix("]"), port=int(port))
+        raise UsageError(
+            f"cannot listen at {text!r}", hint="write unix:/run/cloudlet/api.sock or 127.0.0.1:8790"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The settings of a service."""
+
+    machine: Settings
+    database_url: str
+    listening: Listening
+    auth_strategy: str
+    users_file: Path
+    threads: int
+    waiters: int
+    transfers: int
+    most_body_bytes: int
+    publish_address: str
+    tls: tuple[Path, Path] | None
+    policy_file: Path | None
+    limits: Limits
+    leases: Leases
+    workers: int
+    keep_days: int
+
+    @property
+    def blobs_dir(self) -> Path:
+        return self.machine.state_dir / "blobs"
+
+
+def read_options(conf: cfg.ConfigOpts, machine: Settings, listen: str | None = None) -> Options:
+    """The settings of a service from what was configured.
+
+    :param listen: goes before what is configured.
+    :raises UsageError: they contradict each other.
+    """
+    state = machine.state_dir
+    listening = Listening.parse(listen or conf.api.listen or f"unix:{state / 'api.sock'}")
+    strategy = conf.api.auth_strategy or ("noauth" if listening.path else "http_basic")
+    if strategy == "noauth" and not listening.path:
+        raise UsageError(
+            "without authentication only a Unix socket can be served: guests and others reach every port",
+            hint="listen at unix:PATH, or set auth_strategy to http_basic or keystone",
+        )
+    certificate, key = conf.api.tls_certificate, conf.api.tls_key
+    if bool(certificate) != bool(key):
+        raise UsageError("tls_certificate and tls_key belong together", hint="set both or none")
+    return Options(
+        machine=machine,
+        database_url=conf.database.connection or f"sqlite:///{state / 'site.sqlite'}",
+        listening=listening,
+        auth_strategy=strategy,
+        users_file=Path(conf.api.users_file or config_dir() / "users"),
+        threads=conf.api.threads,
+        waiters=conf.api.waiters,
+        transfers=conf.api.transfers,
+        most_body_bytes=conf.api.most_body_kib << 10,
+        publish_address=conf.api.publish_address or listening.host or "127.0.0.1",
+        tls=(Path(certificate), Path(key)) if certificate else None,
+        policy_file=Path(conf.api.policy_file) if conf.api.policy_file else None,
+        limits=_limits(conf),
+        leases=Leases(
+            conf.leases.default_seconds,
+            conf.leases.most_seconds,
+            conf.leases.warning_seconds,
+            conf.leases.grace_seconds,
+        ),
+        workers=conf.work.threads,
+        keep_days=conf.work.keep_days,
+    )
+
+
+def _limits(conf: cfg.ConfigOpts) -> Limits:
+    limits = conf.limits
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Limits(
+        memory_bytes=here * 4 // 5 if limits.memory_mib is None else limits.memory_mib * MEBIBYTE,
+        cpus=8 * (os.cpu_count() or 1) if limits.cpus is None else limits.cpus,
+        disk_bytes=limits.disk_gib * GIBIBYTE or None,
+        instances=limits.instances,
+        project_upload_bytes=limits.project_upload_mib * MEBIBYTE,
+        blob_cache_bytes=limits.blob_cache_mib * MEBIBYTE,
+    )

@@ -1,0 +1,219 @@
+"""The way of an overlay into the site: a record, its bytes, their verification, a blob.
+
+Bytes come by an upload, which may be cut and goes on where it was, or from a URL. An overlay is active when
+all of it has been verified: every frame by its digest, the root by a signature that the site trusts.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.engine import Connection
+
+from cloudlet.errors import CloudletError, ConflictError, FailedError, TooLargeError
+from cloudlet.keeper.order import Order, describe
+from cloudlet.model import format_bytes
+from cloudlet.overlay.apply import verify_only
+from cloudlet.overlay.reader import OverlayReader
+from cloudlet.overlay.root import Root
+from cloudlet.service import capacity
+from cloudlet.service.uploads import Body, Uploads
+from cloudlet.service.work import operation
+from cloudlet.store import journal
+from cloudlet.store.blobs import digest_of
+from cloudlet.store.retries import Remember, forget
+from cloudlet.store.rows import INSTANCES, OVERLAYS, FileState, Operation, Overlay
+from cloudlet.transfer.source import open_source
+
+if TYPE_CHECKING:
+    from cloudlet.service.site import ServedSite
+
+_PIECE = 256 << 10
+_LARGEST = 1 << 40
+_TAKES_BYTES = (FileState.QUEUED, FileState.UPLOADING, FileState.REJECTED)
+
+Progress = Callable[[int, int], None]
+
+
+class Overlays:
+    """The overlays of a site."""
+
+    def __init__(self, site: ServedSite) -> None:
+        self._site = site
+        self._uploads = Uploads(self._staged)
+
+    def create(self, overlay: Overlay, remember: Remember = forget) -> Overlay:
+        """Write the record of an overlay whose bytes are to be uploaded, or fetched when they are needed."""
+
+        def insert(connection: Connection) -> Overlay:
+            OVERLAYS.insert(connection, overlay)
+            remember(connection, overlay.id)
+            journal.emit(connection, "overlay", "queued", overlay, name=overlay.name)
+            return overlay
+
+        return self._site.database.write(insert)
+
+    def received(self, overlay: Overlay) -> int:
+        """How many bytes of an upload are here: where the next one has to go on."""
+        if overlay.state is FileState.ACTIVE:
+            return overlay.size or 0
+        return self._uploads.received(overlay.id)
+
+    def upload(self, overlay: Overlay, body: Body, offset: int, length: int) -> Overlay:
+        """Take the bytes of an overlay from ``offset`` to its end; the last one makes it active.
+
+        :param length: how many bytes the client promised.
+        :raises ConflictError: it is uploaded already, or just now, or the offset is not where that ended.
+        :raises TooLargeError: it is more than the project may upload; no byte was read.
+        :raises TruncatedError: the client was cut off; what came is kept.
+        :raises IntegrityError: it is not an overlay that may run here; nothing of it is kept.
+        """
+        if overlay.url:
+            raise ConflictError(
+                f"overlay {overlay.id} comes from {overlay.url}", hint="create another for an upload"
+            )
+        with self._uploads.alone(overlay.id):
+            self._begin(overlay.id, offset, length)
+            file = self._uploads.take(overlay.id, body, offset, length)
+            try:
+                return self.finish(overlay.id, file)
+            except CloudletError as error:
+                self.reject(overlay.id, error)
+                file.unlink(missing_ok=True)
+                raise
+
+    def finish(self, overlay_id: str, file: Path, progress: Progress | None = None) -> Overlay:
+        """Verify a file and make it the overlay's bytes. Can be done again.
+
+        :raises IntegrityError: it is not an overlay that may run here.
+        """
+        overlay = self._site.database.write(
+            lambda connection: OVERLAYS.update(connection, overlay_id, state=FileState.VERIFYING)
+        )
+        if file.exists():
+            root, identity, signed_by = self._verified(file, progress)
+            size, digest = file.stat().st_size, digest_of(file)
+            self._site.blobs.adopt(file, digest, f"overlay:{overlay_id}", kept=overlay.url is None)
+            description = {**_described(root), "signed_by": signed_by}
+            changes: dict[str, Any] = {
+                "size": size, "digest": digest, "identity": identity, "base_identity": root.base,
+                "description": description,
+            }  # fmt: skip
+        elif overlay.digest:
+            changes = {}  # a crash came between
+        else:
+            raise FailedError("the bytes of the overlay have gone", hint="upload it again")
+
+        def note(connection: Connection) -> Overlay:
+            done = OVERLAYS.update(connection, overlay_id, state=FileState.ACTIVE, error=None, **changes)
+            journal.emit(connection, "overlay", "active", done, name=done.name, size=done.size)
+            return done
+
+        return self._site.database.write(note)
+
+    def reject(self, overlay_id: str, error: CloudletError) -> None:
+        """Say that an overlay cannot be used, and why."""
+
+        def note(connection: Connection) -> None:
+            done = OVERLAYS.update(connection, overlay_id, state=FileState.REJECTED, error=describe(error))
+            journal.emit(connection, "overlay", "rejected", done, name=done.name, error=done.error)
+
+        self._site.database.write(note)
+
+    def delete(self, overlay: Overlay) -> None:
+        """Remove an overlay and its bytes.
+
+        :raises ConflictError: instances run from it.
+        """
+
+        def remove(connection: Connection) -> None:
+            if used := INSTANCES.count(connection, overlay_id=overlay.id):
+                raise ConflictError(
+                    f"{used} instances run from overlay {overlay.id}", hint="delete them first"
+                )
+            OVERLAYS.delete(connection, overlay.id)
+            journal.emit(connection, "overlay", "deleted", overlay, name=overlay.name)
+
+        self._site.database.write(remove)
+        self._site.blobs.release(f"overlay:{overlay.id}")
+        self._staged(overlay.id).unlink(missing_ok=True)
+
+    def order(self, overlay_id: str, order: Order) -> Order:
+        """The order with the place where the overlay's bytes are: here, or where they come from."""
+        overlay = self._site.database.read(lambda connection: OVERLAYS.get(connection, overlay_id))
+        if overlay.digest and (path := self._site.blobs.path(overlay.digest)):
+            return replace(order, source=str(path))
+        if overlay.url:
+            return replace(order, source=overlay.url)
+        raise ConflictError(f"overlay {overlay_id} is {overlay.state}", hint="upload its bytes first")
+
+    def fetch(self, connection: Connection, overlay: Overlay, kind: str = "overlay.fetch") -> Operation:
+        """Have an overlay brought here before it is needed; submit the operation when it is committed."""
+        return self._site.work.add(connection, operation(kind, overlay, {"overlay": overlay.id}))
+
+    def peek(self, url: str) -> tuple[Root, str]:
+        """The root and the identity of the overlay at a URL or path, verified; no more than its head is read.
+
+        :raises IntegrityError: it may not run here.
+        """
+        with open_source(url, io.BytesIO()) as source:
+            reader = OverlayReader(source, self._site.machine.keys.verify)
+            return reader.root, reader.identity
+
+    def _verified(self, file: Path, progress: Progress | None) -> tuple[Root, str, str | None]:
+        with file.open("rb") as stream:
+            reader = OverlayReader(stream, self._site.machine.keys.verify)
+            verify_only(reader, progress)
+        return reader.root, reader.identity, reader.signed_by
+
+    def _begin(self, overlay_id: str, offset: int, length: int) -> Overlay:
+        """Reserve what is to come, in the transaction that sees what there is."""
+        if offset + length > _LARGEST:
+            raise TooLargeError(f"an overlay of {format_bytes(offset + length)} is more than any may have")
+
+        def begin(connection: Connection) -> Overlay:
+            overlay = OVERLAYS.get(connection, overlay_id)
+            if overlay.state not in _TAKES_BYTES:
+                raise ConflictError(f"overlay {overlay_id} is {overlay.state}", hint="create another")
+            self._uploads.check(overlay_id, offset)
+            counted = overlay.size or 0
+            replaces = counted if overlay.state is not FileState.REJECTED else 0
+            capacity.admit_upload(
+                connection, self._site.options.limits, overlay.project_id, offset + length, replaces
+            )
+            return OVERLAYS.update(
+                connection, overlay_id, state=FileState.UPLOADING, size=offset + length, error=None
+            )
+
+        return self._site.database.write(begin)
+
+    def _staged(self, overlay_id: str) -> Path:
+        return self._site.blobs.staging(f"upload-{overlay_id}")
+
+
+def download(url: str, file: Path, progress: Progress) -> None:
+    """Bring a file here from a URL, on from where an earlier try ended."""
+    here = file.stat().st_size if file.exists() else 0
+    with open_source(url, io.BytesIO()) as source, file.open("ab") as out:
+        if here:
+            source.seek(here)
+        while piece := source.read(_PIECE):
+            out.write(piece)
+            progress(out.tell(), 0)
+
+
+def _described(root: Root) -> dict[str, Any]:
+    """What users want to know of an overlay."""
+    return {
+        "app": root.app.to_json(),
+        "created": root.created,
+        "memory_bytes": root.machine.memory_bytes,
+        "disk_bytes": root.machine.disk_bytes,
+        "cpus": root.machine.cpus,
+        "pages": root.totals.pages,
+        "hot_bytes": sum(entry.size for entry in root.hot_frames),
+    }

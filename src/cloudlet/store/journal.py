@@ -1,0 +1,98 @@
+"""The journal: every event of a site, numbered without a gap in the order in which they became true.
+
+An event is written in the transaction that makes it true. Its number is taken from a row that the transaction
+keeps locked to its end, so that a reader who has seen number N has seen all before it, on every database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from cloudlet.store import tables
+from cloudlet.store.rows import Owned, now
+
+_COUNTER = "events"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that became true."""
+
+    number: int
+    time: datetime
+    kind: str
+    """``NOUN.WHAT``, such as ``instance.active``."""
+    project_id: str
+    user_id: str
+    noun: str
+    resource_id: str
+    detail: Mapping[str, Any]
+
+
+_COLUMNS = [tables.events.c[entry.name] for entry in fields(Event)]
+
+
+def emit(connection: Connection, noun: str, what: str, of: Owned, **detail: Any) -> int:
+    """Write an event about a row; its number."""
+    number = _next_number(connection)
+    connection.execute(
+        sa.insert(tables.events).values(
+            number=number,
+            time=now(),
+            kind=f"{noun}.{what}",
+            project_id=of.project_id,
+            user_id=of.user_id,
+            noun=noun,
+            resource_id=of.id,
+            detail=detail,
+        )
+    )
+    return number
+
+
+def read(
+    connection: Connection,
+    after: int,
+    limit: int,
+    *,
+    project_id: str | None = None,
+    user_id: str | None = None,
+    kinds: Sequence[str] = (),
+) -> list[Event]:
+    """The events after a number, of everybody or of one project or user.
+
+    :param kinds: only those whose kinds begin so.
+    """
+    columns = tables.events.c
+    query = sa.select(*_COLUMNS).where(columns.number > after)
+    if project_id is not None:
+        query = query.where(columns.project_id == project_id)
+    if user_id is not None:
+        query = query.where(columns.user_id == user_id)
+    if kinds:
+        query = query.where(sa.or_(*(columns.kind.startswith(kind, autoescape=True) for kind in kinds)))
+    return [Event(*row) for row in connection.execute(query.order_by(columns.number).limit(limit))]
+
+
+def last_number(connection: Connection) -> int:
+    """The number of the last event; 0 if there was none."""
+    query = sa.select(tables.counters.c.value).where(tables.counters.c.name == _COUNTER)
+    return int(connection.execute(query).scalar_one_or_none() or 0)
+
+
+def forget(connection: Connection, before: datetime) -> int:
+    """Remove the events before a moment; how many. Numbers are not given again."""
+    return int(connection.execute(sa.delete(tables.events).where(tables.events.c.time < before)).rowcount)
+
+
+def _next_number(connection: Connection) -> int:
+    counter = tables.counters
+    mine = counter.c.name == _COUNTER
+    connection.execute(sa.update(counter).where(mine).values(value=counter.c.value + 1))
+    return int(connection.execute(sa.select(counter.c.value).where(mine)).scalar_one())

@@ -1,0 +1,175 @@
+"""The tables of a site, and nothing of what they mean: the records that fill them stand in ``records.py``.
+
+Times are UTC; sizes are bytes; what has a shape of its own and is never searched is JSON.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
+
+METADATA = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+class Utc(sa.TypeDecorator[datetime]):
+    """A moment, to the microsecond, on every database alike."""
+
+    impl = sa.DateTime
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
+        return dialect.type_descriptor(
+            mysql.DATETIME(fsp=6) if dialect.name in ("mysql", "mariadb") else sa.DateTime()
+        )
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        return value.astimezone(UTC).replace(tzinfo=None) if value else None
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value else None
+
+
+_ID, _NAME, _DIGEST = sa.String(36), sa.String(255), sa.String(64)
+_SEQUENCE = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+
+def _owned() -> tuple[sa.Column[Any], ...]:
+    """Columns of what somebody owns."""
+    return (
+        sa.Column("id", _ID, primary_key=True),
+        sa.Column("project_id", _NAME, nullable=False, index=True),
+        sa.Column("user_id", _NAME, nullable=False, index=True),
+        sa.Column("created_at", Utc, nullable=False),
+        sa.Column("updated_at", Utc, nullable=False),
+    )
+
+
+blobs = sa.Table(
+    "blobs",
+    METADATA,
+    sa.Column("digest", _DIGEST, primary_key=True),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("used_at", Utc, nullable=False),
+    sa.Column("kept", sa.Boolean, nullable=False),
+)
+blob_references = sa.Table(
+    "blob_references",
+    METADATA,
+    sa.Column("digest", _DIGEST, sa.ForeignKey("blobs.digest"), primary_key=True),
+    sa.Column("holder", sa.String(80), primary_key=True, index=True),
+)
+bases = sa.Table(
+    "bases",
+    METADATA,
+    *_owned(),
+    sa.Column("name", _NAME, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("size", sa.BigInteger),
+    sa.Column("identity", _DIGEST, unique=True),
+    sa.Column("description", sa.JSON),
+    sa.Column("error", sa.JSON),
+)
+overlays = sa.Table(
+    "overlays",
+    METADATA,
+    *_owned(),
+    sa.Column("name", _NAME, nullable=False),
+    sa.Column("public", sa.Boolean, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("url", sa.Text),
+    sa.Column("size", sa.BigInteger),
+    sa.Column("digest", _DIGEST, index=True),
+    sa.Column("identity", _DIGEST, index=True),
+    sa.Column("base_identity", _DIGEST, index=True),
+    sa.Column("description", sa.JSON),
+    sa.Column("error", sa.JSON),
+)
+apps = sa.Table(
+    "apps",
+    METADATA,
+    *_owned(),
+    sa.Column("name", _NAME, nullable=False),
+    sa.Column("version", sa.String(128), nullable=False),
+    sa.Column("public", sa.Boolean, nullable=False),
+    sa.Column("descriptor", sa.JSON, nullable=False),
+    sa.UniqueConstraint("project_id", "name", "version"),
+)
+instances = sa.Table(
+    "instances",
+    METADATA,
+    *_owned(),
+    sa.Column("name", _NAME, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("app_id", _ID, index=True),
+    sa.Column("overlay_id", _ID, index=True),
+    sa.Column("base_identity", _DIGEST, nullable=False),
+    sa.Column("memory_bytes", sa.BigInteger, nullable=False),
+    sa.Column("disk_bytes", sa.BigInteger, nullable=False),
+    sa.Column("cpus", sa.Integer, nullable=False),
+    sa.Column("order", sa.JSON, nullable=False),
+    sa.Column("endpoints", sa.JSON, nullable=False),
+    sa.Column("metadata", sa.JSON, nullable=False),
+    sa.Column("timings", sa.JSON, nullable=False),
+    sa.Column("lease_seconds", sa.Integer),
+    sa.Column("expires_at", Utc, index=True),
+    sa.Column("warned", sa.Boolean, nullable=False),
+    sa.Column("restart", sa.Boolean, nullable=False),
+    sa.Column("restarts", sa.Integer, nullable=False),
+    sa.Column("error", sa.JSON),
+)
+operations = sa.Table(
+    "operations",
+    METADATA,
+    *_owned(),
+    sa.Column("kind", sa.String(40), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("resources", sa.JSON, nullable=False),
+    sa.Column("input", sa.JSON, nullable=False),
+    sa.Column("steps", sa.JSON, nullable=False),
+    sa.Column("error", sa.JSON),
+    sa.Column("cancelled", sa.Boolean, nullable=False),
+    sa.Column("request_id", sa.String(64), nullable=False),
+)
+events = sa.Table(
+    "events",
+    METADATA,
+    sa.Column("number", _SEQUENCE, primary_key=True, autoincrement=False),
+    sa.Column("time", Utc, nullable=False),
+    sa.Column("kind", sa.String(60), nullable=False),
+    sa.Column("project_id", _NAME, nullable=False, index=True),
+    sa.Column("user_id", _NAME, nullable=False),
+    sa.Column("noun", sa.String(20), nullable=False),
+    sa.Column("resource_id", _ID, nullable=False),
+    sa.Column("detail", sa.JSON, nullable=False),
+)
+counters = sa.Table(
+    "counters",
+    METADATA,
+    sa.Column("name", sa.String(20), primary_key=True),
+    sa.Column("value", sa.BigInteger, nullable=False),
+)
+facts = sa.Table(
+    "facts",
+    METADATA,
+    sa.Column("name", sa.String(20), primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+)
+retries = sa.Table(
+    "retries",
+    METADATA,
+    sa.Column("user_id", _NAME, primary_key=True),
+    sa.Column("key", sa.String(128), primary_key=True),
+    sa.Column("fingerprint", _DIGEST, nullable=False),
+    sa.Column("resource_id", _ID, nullable=False),
+    sa.Column("created_at", Utc, nullable=False),
+)

@@ -16,6 +16,9 @@ from typing import Any
 from sphinx.application import Sphinx
 
 from cloudlet import errors, settings
+from cloudlet.api import faults
+from cloudlet.api.policy import list_rules
+from cloudlet.api.table import TABLE
 from cloudlet.control import recipe
 
 _PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
@@ -58,10 +61,13 @@ def _table(*head: str) -> Iterator[str]:
 
 
 def _settings() -> Iterator[str]:
-    yield from _table("Option", "Environment", "Default", "Meaning")
-    for option in settings.OPTIONS:
-        default = "" if option.default is None else f"`{option.default}`"
-        yield _row(f"`{option.name}`", f"`OS_DEFAULT__{option.name.upper()}`", default, option.help)
+    for group, options in settings.GROUPS.items():
+        yield from ("", f"## [{group}]", "")
+        yield from _table("Option", "Environment", "Default", "Meaning")
+        for option in options:
+            default = "" if option.default is None else f"`{option.default}`"
+            variable = f"OS_{group.upper()}__{option.name.upper()}"
+            yield _row(f"`{option.name}`", f"`{variable}`", default, option.help)
 
 
 def _kinds(error: type[errors.CloudletError]) -> Iterator[type[errors.CloudletError]]:
@@ -112,7 +118,34 @@ def _recipe() -> Iterator[str]:
             yield _row(f"`{key}`", _type_of(value), needed, default, value.get("description", ""))
 
 
+def _operations() -> Iterator[str]:
+    for noun in dict.fromkeys(row.noun for row in TABLE):
+        yield from ("", f"## {noun}", "")
+        yield from _table("Request", "What it does", "Who may", "Good answers")
+        for row in (row for row in TABLE if row.noun == noun):
+            answers = ", ".join(str(status) for status in (row.status, *row.statuses))
+            who = row.check.removeprefix("rule:")
+            yield _row(f"`{row.method} {row.path}`", row.summary, who, answers)
+
+
+def _faults() -> Iterator[str]:
+    yield from _table("Code", "Status", "When")
+    for kind, fault in faults.FAULTS.items():
+        meaning = " ".join(str(kind.__doc__).split())
+        yield _row(f"`cloudlet.NOUN.{fault.reason}`", str(fault.status), meaning)
+    yield _row(f"`cloudlet.NOUN.{faults.DEFECT.reason}`", "500", "Our mistake: please report it.")
+
+
+def _policy() -> Iterator[str]:
+    yield from _table("Rule", "Who", "What")
+    for rule in list_rules():
+        yield _row(f"`{rule.name}`", f"`{rule.check_str}`", str(rule.description))
+
+
 _GENERATED: dict[str, Callable[[], Iterator[str]]] = {
+    "faults": _faults,
+    "operations": _operations,
+    "policy": _policy,
     "settings": _settings,
     "exit-codes": _exit_codes,
     "recipe": _recipe,

@@ -45,6 +45,12 @@ class FailedError(CloudletError):
     """The work was tried and did not succeed: a process died, a deadline passed, a disk is full."""
 
 
+class UnreachableError(FailedError):
+    """What the request names elsewhere does not answer."""
+
+    usual_hint = "check the address"
+
+
 class UsageError(CloudletError):
     """The request itself is wrong: an unknown option, a recipe that does not validate."""
 

@@ -206,16 +206,27 @@ def config_dir() -> Path:
     return _xdg("XDG_CONFIG_HOME", ".config")
 
 
+def usual_files() -> list[str]:
+    """The files that are read where none is named: those that are there."""
+    usual = (Path("/etc/cloudlet/cloudlet.conf"), config_dir() / "cloudlet.conf")
+    return [str(path) for path in usual if path.exists()]
+
+
+def unread() -> cfg.ConfigOpts:
+    """All options, not read from anywhere yet."""
+    conf = cfg.ConfigOpts()
+    for group, options in GROUPS.items():
+        conf.register_opts(options, group=None if group == "DEFAULT" else group)
+    return conf
+
+
 def read_files(config_file: str | None = None) -> cfg.ConfigOpts:
     """The options as files and environment set them.
 
     :raises UsageError: a file or a value cannot be used.
     """
-    conf = cfg.ConfigOpts()
-    for group, options in GROUPS.items():
-        conf.register_opts(options, group=None if group == "DEFAULT" else group)
-    usual = (Path("/etc/cloudlet/cloudlet.conf"), config_dir() / "cloudlet.conf")
-    files = [config_file] if config_file else [str(path) for path in usual if path.exists()]
+    conf = unread()
+    files = [config_file] if config_file else usual_files()
     try:
         conf(args=[], project="cloudlet", default_config_files=files, default_config_dirs=[])
     except (cfg.Error, ValueError) as error:
@@ -230,7 +241,16 @@ def load(
 
     :raises UsageError: a file or a value cannot be used.
     """
-    conf = read_files(config_file)
+    return settings_of(read_files(config_file), cache_dir=cache_dir, state_dir=state_dir)
+
+
+def settings_of(
+    conf: cfg.ConfigOpts, *, cache_dir: str | None = None, state_dir: str | None = None
+) -> Settings:
+    """The settings that options say, as :func:`load` reads them.
+
+    :raises UsageError: a value cannot be used.
+    """
     try:
         return Settings(
             cache_dir=Path(cache_dir or conf.cache_dir or _xdg("XDG_CACHE_HOME", ".cache")).resolve(),

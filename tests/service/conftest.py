@@ -63,7 +63,12 @@ class Made:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A base and an overlay of fake machines."""
-    folder = tmp_path_factory.mktemp("made")
+    return make(tmp_path_factory.mktemp("made"))
+
+
+def make(folder: Path) -> Made:
+    """Make a base and an overlay of fake machines in a folder."""
+    folder.mkdir(exist_ok=True)
     settings = Settings(folder / "cache", folder / "state", folder / "keys", hypervisor="fake")
     site = Site.open(settings)
     site.keys.generate()
@@ -80,28 +85,31 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.fixture
-def options(made: Made, tmp_path: Path) -> Options:
+def options(made: Made, hashed: str, tmp_path: Path) -> Options:
     """Settings of a site with a state of its own."""
-    settings = Settings(made.cache, tmp_path / "state", made.keys, hypervisor="fake")
+    return options_in(tmp_path, made, hashed)
+
+
+@pytest.fixture(scope="module")
+def module_options(made: Made, hashed: str, tmp_path_factory: pytest.TempPathFactory) -> Options:
+    """Settings of a site that the tests of a module share."""
+    return options_in(tmp_path_factory.mktemp("site"), made, hashed)
+
+
+def options_in(folder: Path, made: Made, hashed: str) -> Options:
+    """Settings of a site whose state is in a folder."""
+    settings = Settings(made.cache, folder / "state", made.keys, hypervisor="fake")
     found = read_options(read_files("/dev/null"), settings)
     listening = Listening(host="127.0.0.1", port=0)
-    return replace(
-        found, listening=listening, auth_strategy="http_basic", users_file=users_file(tmp_path), workers=8
-    )
+    users = folder / "users"
+    write_users(users, [User(name, hashed, "shop", roles) for name, roles in USERS.items()])
+    return replace(found, listening=listening, auth_strategy="http_basic", users_file=users, workers=8)
 
 
 @pytest.fixture(scope="session")
 def hashed() -> str:
+    """The hash of the users' password, which takes a while to make."""
     return hash_of(PASSWORD)
-
-
-@pytest.fixture(autouse=True)
-def _users(hashed: str, tmp_path: Path) -> None:
-    write_users(users_file(tmp_path), [User(name, hashed, "shop", roles) for name, roles in USERS.items()])
-
-
-def users_file(folder: Path) -> Path:
-    return folder / "users"
 
 
 @dataclass

@@ -38,6 +38,7 @@ from tests.cli.traces import running, traces
 from tests.conftest import KEPT, CommandLine
 from tests.images.build import TestImage, build
 from tests.soak.early import cut_early_starts, early_starts
+from tests.soak.service import explored, killed_steps, killed_under_load, many_instances
 
 FUZZER = Path(__file__).parents[1] / "fuzz" / "fuzz_overlay.py"
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -248,8 +249,13 @@ def another_base(soak: Soak) -> list[str | Path]:
 PARTS: dict[str, tuple[Callable[[Soak], None], ...]] = {
     "main": (damaged_overlays, damaged_exports, fuzzed_reader, killed_commands, interrupted_commands),
     "early": (early_starts, cut_early_starts),
+    "service": (killed_steps, killed_under_load, many_instances, explored),
 }
-TITLES = {"main": "Faults in large numbers", "early": "Early starts in large numbers"}
+TITLES = {
+    "main": "Faults in large numbers",
+    "early": "Early starts in large numbers",
+    "service": "A site that serves, in large numbers",
+}
 
 
 def report(soak: Soak, part: str, rows: list[Row], seconds: float) -> str:

@@ -16,7 +16,6 @@ from typing import Any, BinaryIO
 
 from oslo_log import log
 from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
 
 from cloudlet.api import faults, microversion
 from cloudlet.api.faults import NotAcceptableError, RangeError, UnauthenticatedError
@@ -133,11 +132,11 @@ class Dispatcher:
         call = self._call(request, request_id, version, who)
         row = self._row(operation, request)
         if not operation.public:
-            self.policy.enforce(operation, who, row, noun=operation.noun)
+            self.policy.enforce(operation, who, row, rows=operation.rows)
         wants = operation.wants
         query = self._query(wants.get("query"), request)
         body = self._body(wants["body"], request) if "body" in wants else None
-        if key := request.headers.get("HTTP_IDEMPOTENCY_KEY"):
+        if (key := request.headers.get("HTTP_IDEMPOTENCY_KEY")) is not None:
             call.retry = Retry.of(who.user_id, key, operation.name, body.model_dump_json() if body else "")
         upload = _upload(request) if "upload" in wants else None
         arguments = operation.arguments(call, row, body, query, upload)
@@ -176,7 +175,7 @@ class Dispatcher:
             if request.query:
                 raise UsageError(f"{next(iter(request.query))[:64]}: there is no such parameter")
             return None
-        return _valid(model, dict(request.query))
+        return _valid(lambda: model.model_validate(dict(request.query)))
 
     def _body(self, model: type[BaseModel], request: Request) -> BaseModel:
         most = self.site.options.most_body_bytes
@@ -188,10 +187,8 @@ class Dispatcher:
         data = request.stream.read(most + 1 if request.length is None else request.length)
         if len(data) > most:
             raise TooLargeError(f"a body may have {most} bytes", hint="send less")
-        try:
-            return _valid(model, from_json(data or b"{}"))
-        except ValueError as error:
-            raise UsageError(f"the body is not JSON: {error}") from error
+        # Strictly: a number is not a truth, and a text is not a number.
+        return _valid(lambda: model.model_validate_json(data or b"{}", strict=True))
 
     def _response(self, operation: Operation, given: Any) -> Response:
         answer = (
@@ -225,17 +222,18 @@ class _Upload:
 
 
 def _upload(request: Request) -> _Upload:
-    if request.length is None:
-        raise UsageError("Content-Length: an upload says how long it is")
     offset = request.headers.get("HTTP_UPLOAD_OFFSET", "0")
     if not re.fullmatch(r"[0-9]{1,15}", offset):
         raise UsageError("Upload-Offset: it is a number of bytes")
+    # Of one that was cut behind its last byte nothing is left to be sent.
+    if request.length is None or not (request.length or int(offset)):
+        raise UsageError("Content-Length: an upload says how long it is, and is not empty")
     return _Upload(request.stream, request.length, int(offset))
 
 
-def _valid(model: type[BaseModel], data: Any) -> BaseModel:
+def _valid(read: Callable[[], BaseModel]) -> BaseModel:
     try:
-        return model.model_validate(data)
+        return read()
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the body"

@@ -24,6 +24,10 @@ class PreconditionError(errors.ConflictError):
     """What the caller supposed is not so any more."""
 
 
+class ImpossibleError(UsageError):
+    """Each member is as it should be, but not all of them together."""
+
+
 class BusyError(errors.CapacityError):
     """Too many do this at the moment."""
 
@@ -63,6 +67,7 @@ FAULTS: Mapping[type[CloudletError], Fault] = {
     NotAcceptableError: Fault(406, "not_acceptable", "No such version"),
     PreconditionError: Fault(412, "precondition", "It has changed meanwhile"),
     BusyError: Fault(503, "busy", "Too many at once", 5),
+    ImpossibleError: Fault(422, "impossible", "It cannot be so"),
     RangeError: Fault(416, "range", "There is no such range"),
     MethodError: Fault(405, "method", "The method is not allowed"),
     PathError: Fault(404, "no_such_path", "There is no such path"),
@@ -74,6 +79,7 @@ FAULTS: Mapping[type[CloudletError], Fault] = {
     errors.SignatureError: Fault(422, "signature", "Not signed by a trusted key"),
     errors.MismatchError: Fault(422, "mismatch", "Made for another base or machine"),
     errors.IntegrityError: Fault(422, "integrity", "Bytes are not what they claim to be"),
+    errors.UnreachableError: Fault(422, "unreachable", "It does not answer"),
     errors.UsageError: Fault(400, "invalid", "The request is wrong"),
     errors.NotFoundError: Fault(404, "not_found", "It is not here"),
     errors.RefusedError: Fault(403, "refused", "It may not be done"),

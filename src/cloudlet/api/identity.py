@@ -22,9 +22,11 @@ from typing import Protocol
 import bcrypt
 
 from cloudlet.api.faults import UnauthenticatedError
-from cloudlet.errors import UsageError
+from cloudlet.errors import FailedError, UsageError
 
 DEFAULT_PROJECT = "default"
+UNAVAILABLE = "cloudlet.unavailable"
+"""In WSGI's environment, where no client can write: why nobody knows who calls."""
 _COST = 10
 _REMEMBERED_SECONDS = 300.0
 _MOST_REMEMBERED = 4096
@@ -70,13 +72,19 @@ class NoAuth:
 
 
 class Keystone:
-    """Who keystonemiddleware says they are."""
+    """Who keystonemiddleware says they are; ``uri`` is where they get a token."""
 
-    challenge = "Keystone"
+    def __init__(self, uri: str) -> None:
+        self.challenge = f'Keystone uri="{uri}"'
 
     def identify(self, headers: Mapping[str, str]) -> Identity:
+        if why := headers.get(UNAVAILABLE):
+            raise FailedError(why, hint="try again; the server's log says more")
         if headers.get("HTTP_X_IDENTITY_STATUS") != "Confirmed":
             raise UnauthenticatedError("no valid token", hint="get a token from Keystone")
+        # The middleware leaves this to us too. Who sends any service's token passes its access rules.
+        if headers.get("HTTP_X_SERVICE_IDENTITY_STATUS", "Confirmed") != "Confirmed":
+            raise UnauthenticatedError("the service's token is not valid", hint="leave X-Service-Token out")
         project = headers.get("HTTP_X_PROJECT_ID", "")
         if not project:
             raise UnauthenticatedError(

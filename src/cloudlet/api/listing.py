@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from cloudlet.api.operation import Call
 from cloudlet.api.schemas.common import Link, ListQuery
+from cloudlet.errors import NotFoundError
 from cloudlet.store.rows import Row, Rows
 
 R = TypeVar("R", bound=Row)
@@ -25,6 +26,17 @@ def page(
         lambda connection: rows.list(connection, *conditions, **query.page(), **query.filters())
     )
     return found[: query.limit], query.links(call.root, path, found)
+
+
+def seen(call: Call, rows: Rows[R], key: str) -> R:
+    """The row with an id that is in a body.
+
+    :raises NotFoundError: there is none that the caller may see.
+    """
+    row = call.site.database.read(lambda connection: rows.get(connection, key))
+    if not call.allows("visible", row):
+        raise NotFoundError(f"there is no {rows.noun} {key}", hint=rows.listed_by)
+    return row
 
 
 def visible(call: Call, rows: Rows[Any]) -> list[sa.ColumnElement[bool]]:

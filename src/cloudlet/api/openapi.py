@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 import cloudlet
 from cloudlet.api import faults, microversion
 from cloudlet.api.operation import Operation
+from cloudlet.api.schemas.common import ListQuery
 from cloudlet.api.schemas.operations import OperationBody
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -76,15 +77,15 @@ def _operation(operation: Operation) -> dict[str, Any]:
         schema = {"$ref": _REFERENCE.format(model=body.__name__)}
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     elif "upload" in operation.wants:
-        binary = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+        binary = {
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary", "minLength": 1}}
+        }
         described["requestBody"] = {"required": True, "content": binary}
     return described
 
 
 def _parameters(operation: Operation) -> list[dict[str, Any]]:
     found = [{"name": name, "in": "path", "required": True, "schema": _ID} for name in operation.parameters]
-    version = {"type": "string", "pattern": r"^cloudlet (\d+\.\d+|latest)$"}
-    found.append({"name": microversion.HEADER, "in": "header", "required": False, "schema": version})
     if operation.method == "POST":
         key = {"type": "string", "minLength": 1, "maxLength": 128, "pattern": "^[!-~]+$"}
         found.append({"name": "Idempotency-Key", "in": "header", "required": False, "schema": key})
@@ -93,13 +94,16 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
         found.append({"name": "Upload-Offset", "in": "header", "required": False, "schema": number})
     if query := operation.wants.get("query"):
         schema = query.model_json_schema()
+        if issubclass(query, ListQuery):
+            keys = "|".join(query.SORTED_BY)
+            schema["properties"]["sort"]["pattern"] = f"^({keys})(:(asc|desc))?$"
         for name, member in schema["properties"].items():
             found.append(
                 {
                     "name": name,
                     "in": "query",
                     "required": name in schema.get("required", ()),
-                    "schema": _inline(_without_null(member), schema.get("$defs", {})),
+                    "schema": _inline(dict(member), schema.get("$defs", {})),
                 }
             )
     return found
@@ -124,7 +128,7 @@ def _faults(operation: Operation) -> dict[str, Any]:
     statuses = {*_ALWAYS}
     if not operation.public:
         statuses |= {401, 403}
-    if operation.parameters or operation.wants.get("body"):
+    if operation.parameters or {"body", "query"} & operation.wants.keys():
         statuses.add(404)
     if operation.method != "GET" or operation.media != "application/json":
         statuses |= {409, 413, 422}
@@ -158,15 +162,6 @@ def _models(operations: Iterable[Operation], what: str) -> list[type[BaseModel]]
 def _kinds(annotation: Any) -> list[type]:
     kinds = get_args(annotation) if get_origin(annotation) is Union or get_args(annotation) else (annotation,)
     return [kind for kind in kinds if isinstance(kind, type)]
-
-
-def _without_null(member: dict[str, Any]) -> dict[str, Any]:
-    """A query's member that may be left out is never null."""
-    choices = [choice for choice in member.get("anyOf", ()) if choice != {"type": "null"}]
-    rest = {name: value for name, value in member.items() if name not in ("anyOf", "default", "title")}
-    if "default" in member and member["default"] is not None:
-        rest["default"] = member["default"]
-    return {**rest, **choices[0]} if choices else rest
 
 
 def _inline(member: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:

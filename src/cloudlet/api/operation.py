@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, get_type_hints
+from typing import Any, Protocol, TypeVar, get_type_hints
 
 from pydantic import BaseModel
 from sqlalchemy.engine import Connection
@@ -22,10 +22,13 @@ from sqlalchemy.engine import Connection
 from cloudlet.api.faults import BusyError
 from cloudlet.api.identity import Identity
 from cloudlet.api.microversion import MIN, Version
+from cloudlet.errors import NotFoundError
 from cloudlet.service.site import ServedSite
 from cloudlet.store import retries
 from cloudlet.store.retries import Retry
-from cloudlet.store.rows import Rows
+from cloudlet.store.rows import Row, Rows
+
+R = TypeVar("R", bound=Row)
 
 
 class Upload(Protocol):
@@ -116,12 +119,18 @@ class Call:
     headers: Mapping[str, str] = field(default_factory=dict)
     retry: Retry | None = None
 
-    def again(self) -> str | None:
-        """The id of what an earlier request with the same ``Idempotency-Key`` made; None if there was none.
+    def again(self, rows: Rows[R]) -> R | None:
+        """What an earlier request with the same ``Idempotency-Key`` made; None if that is not there.
 
         :raises ConflictError: that was another request.
         """
-        return retries.known(self.site.database, self.retry) if self.retry else None
+        if not self.retry or (key := retries.known(self.site.database, self.retry)) is None:
+            return None
+        try:
+            return self.site.database.read(lambda connection: rows.get(connection, key))
+        except NotFoundError:
+            retries.drop(self.site.database, self.retry)
+            return None
 
     def remember(self, connection: Connection, resource_id: str) -> None:
         """Have a repetition of this request find what it made, if the caller wants that."""

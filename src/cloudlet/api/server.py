@@ -10,10 +10,13 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from wsgiref.types import WSGIApplication
 
+from cheroot.server import HTTPConnection, HTTPRequest
 from cheroot.ssl.builtin import BuiltinSSLAdapter
 from cheroot.workers.threadpool import ThreadPool
 from cheroot.wsgi import Server as CherootServer
@@ -24,12 +27,49 @@ from cloudlet.service.options import Options
 _HEADER_BYTES = 64 << 10
 _SILENT_SECONDS = 10
 """Longest time between two bytes of a request or of an answer."""
+_LINGER_SECONDS, _LINGER_BYTES = 2.0, 16 << 20
+_PIECE = 64 << 10
 _SPARE = 256
 """Threads for clients that are slow."""
 
 
+class _Request(HTTPRequest):
+    """A request whose body may be left unread: it is never collected, and its sender gets the answer."""
+
+    _unread = False
+
+    def send_headers(self) -> None:
+        self._unread = self.chunked_read or getattr(self.rfile, "remaining", 0) > 0
+        if self._unread:
+            self.close_connection = True
+        super().send_headers()
+
+    def respond(self) -> None:
+        super().respond()
+        if self._unread:
+            self._linger()
+
+    def _linger(self) -> None:
+        """A connection closed with bytes unread is reset, and the answer with it: read on for a while."""
+        connection = self.conn.socket
+        deadline = time.monotonic() + _LINGER_SECONDS
+        with suppress(OSError):
+            if not isinstance(connection, ssl.SSLSocket):
+                connection.shutdown(socket.SHUT_WR)
+            connection.settimeout(_LINGER_SECONDS)
+            left = _LINGER_BYTES
+            while left > 0 and time.monotonic() < deadline and (piece := connection.recv(_PIECE)):
+                left -= len(piece)
+
+
+class _Connection(HTTPConnection):
+    RequestHandlerClass = _Request
+
+
 class Server(CherootServer):
     """A server of an application; :meth:`serve` returns when :meth:`stop` was called."""
+
+    ConnectionClass = _Connection
 
     def __init__(self, options: Options, app: WSGIApplication) -> None:
         listening = options.listening

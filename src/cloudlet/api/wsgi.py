@@ -48,7 +48,7 @@ def _resource(dispatcher: Dispatcher, operations: dict[str, Operation]) -> Any:
     for method in falcon.HTTP_METHODS:
         if operation := operations.get(method):
             methods[f"on_{method.lower()}"] = _responder(dispatcher, operation)
-        elif method in ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"):
+        else:
             methods[f"on_{method.lower()}"] = _not_allowed(dispatcher, allowed)
     return type("Resource", (), methods)()
 

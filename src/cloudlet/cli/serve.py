@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
-import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 from oslo_config import cfg
 from oslo_log import log
@@ -18,7 +13,8 @@ from cloudlet.api import identity
 from cloudlet.api.server import Server
 from cloudlet.api.service import build
 from cloudlet.cli.command import CloudletCommand
-from cloudlet.errors import CloudletError, ConflictError
+from cloudlet.cli.exclusive import only_server
+from cloudlet.errors import CloudletError
 from cloudlet.service.options import Options, read_options
 from cloudlet.service.site import ServedSite
 from cloudlet.settings import read_files
@@ -48,7 +44,7 @@ class Serve(CloudletCommand):
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         options = self._options(parsed_args.listen)
         _begin_log(self.app.quiet)
-        with _only_one(options.machine.state_dir):
+        with only_server(options.machine.state_dir):
             if options.auth_strategy == "http_basic" and (first := identity.first_user(options.users_file)):
                 # On standard output, and nowhere else, not even in the log.
                 print(f"user {first[0]}, password {first[1]} (told only now)", flush=True)
@@ -84,32 +80,12 @@ class Serve(CloudletCommand):
             LOG.error("the settings stay as they were: %s", error)
 
 
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Be the only server of a state folder.
-
-    :raises ConflictError: there is one.
-    """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(folder / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise ConflictError(
-            f"{folder} is served already", hint="stop that server, or name another folder with --state-dir"
-        ) from error
-    finally:
-        os.close(descriptor)
-
-
 def _begin_log(quiet: bool) -> None:
     conf = cfg.ConfigOpts()
     log.register_options(conf)
     conf(args=[], project="cloudlet", default_config_files=[], default_config_dirs=[])
     conf.set_override("use_stderr", True)
-    levels = ["taskflow=WARNING", "cloudlet=WARNING" if quiet else "cloudlet=INFO", "sqlalchemy=WARNING"]
-    conf.set_override(
-        "default_log_levels", [*levels, "alembic=WARNING", "oslo_db=WARNING", "cheroot=WARNING"]
-    )
+    silent = ("taskflow", "sqlalchemy", "alembic", "oslo_db", "cheroot", "keystonemiddleware")
+    levels = [f"{name}=WARNING" for name in silent]
+    conf.set_override("default_log_levels", [*levels, "cloudlet=WARNING" if quiet else "cloudlet=INFO"])
     log.setup(conf, "cloudlet")

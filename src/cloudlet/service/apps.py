@@ -68,7 +68,7 @@ class Apps:
         def begin(connection: Connection) -> Operation:
             (component,) = app.descriptor["components"]
             overlay = OVERLAYS.get(connection, component["overlay_id"])
-            return self._site.overlays.fetch(connection, overlay, "app.prestage")
+            return self._site.overlays.prestage(connection, overlay)
 
         begun = self._site.database.write(begin)
         self._site.work.submit(begun)

@@ -261,7 +261,6 @@ FLOWS: dict[str, Flow] = {
     "instance.save": (Save, Keep),
     "instance.suspend": (Suspend, Suspended),
     "instance.resume": (Resume, Resumed),
-    "overlay.fetch": (Fetch,),
     "base.import": (ImportBase,),
     "app.prestage": (Fetch,),
 }

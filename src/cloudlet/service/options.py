@@ -80,6 +80,8 @@ class Options:
     leases: Leases
     workers: int
     keep_days: int
+    keystone: cfg.ConfigOpts
+    """The files, for what they say in ``[keystone_authtoken]``."""
 
     @property
     def blobs_dir(self) -> Path:
@@ -125,6 +127,7 @@ def read_options(conf: cfg.ConfigOpts, machine: Settings, listen: str | None = N
         ),
         workers=conf.work.threads,
         keep_days=conf.work.keep_days,
+        keystone=conf,
     )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Connection
 
-from cloudlet.errors import CloudletError, ConflictError, FailedError, TooLargeError
+from cloudlet.errors import CloudletError, ConflictError, FailedError, TooLargeError, UnreachableError
 from cloudlet.keeper.order import Order, describe
 from cloudlet.model import format_bytes
 from cloudlet.overlay.apply import verify_only
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _PIECE = 256 << 10
 _LARGEST = 1 << 40
+_PEEK_SECONDS = 5.0
+"""Longest wait for the head of an overlay elsewhere: its caller waits too."""
 _TAKES_BYTES = (FileState.QUEUED, FileState.UPLOADING, FileState.REJECTED)
 
 Progress = Callable[[int, int], None]
@@ -151,18 +153,27 @@ class Overlays:
             return replace(order, source=overlay.url)
         raise ConflictError(f"overlay {overlay_id} is {overlay.state}", hint="upload its bytes first")
 
-    def fetch(self, connection: Connection, overlay: Overlay, kind: str = "overlay.fetch") -> Operation:
-        """Have an overlay brought here before it is needed; submit the operation when it is committed."""
-        return self._site.work.add(connection, operation(kind, overlay, {"overlay": overlay.id}))
+    def prestage(self, connection: Connection, overlay: Overlay) -> Operation:
+        """Have an overlay brought here before it is needed; submit the operation when it is committed.
+
+        :raises ConflictError: its bytes are neither here nor anywhere else.
+        """
+        if overlay.state is not FileState.ACTIVE and not overlay.url:
+            raise ConflictError(f"overlay {overlay.id} is {overlay.state}", hint="upload its bytes first")
+        return self._site.work.add(connection, operation("app.prestage", overlay, {"overlay": overlay.id}))
 
     def peek(self, url: str) -> tuple[Root, str]:
         """The root and the identity of the overlay at a URL or path, verified; no more than its head is read.
 
         :raises IntegrityError: it may not run here.
+        :raises UnreachableError: nobody answers there.
         """
-        with open_source(url, io.BytesIO()) as source:
-            reader = OverlayReader(source, self._site.machine.keys.verify)
-            return reader.root, reader.identity
+        try:
+            with open_source(url, io.BytesIO(), patience=_PEEK_SECONDS) as source:
+                reader = OverlayReader(source, self._site.machine.keys.verify)
+                return reader.root, reader.identity
+        except FailedError as error:
+            raise UnreachableError(error.message, hint=error.hint) from error
 
     def _verified(self, file: Path, progress: Progress | None) -> tuple[Root, str, str | None]:
         with file.open("rb") as stream:

@@ -19,7 +19,8 @@ from cloudlet.service.leases import Leases
 from cloudlet.service.news import News
 from cloudlet.service.options import Options
 from cloudlet.service.overlays import Overlays
-from cloudlet.service.work import Observer, Work
+from cloudlet.service.tidying import Tidying
+from cloudlet.service.work import Observer, Work, create_tables
 from cloudlet.store.blobs import BlobStore
 from cloudlet.store.database import Database
 
@@ -44,6 +45,7 @@ class ServedSite:
         self.apps = Apps(self)
         self.instances = Instances(self)
         self.leases = Leases(self)
+        self.tidying = Tidying(self)
 
     @classmethod
     def open(cls, options: Options, observe: Observer = lambda *_: None) -> Self:
@@ -53,26 +55,30 @@ class ServedSite:
         """
         database = Database(options.database_url)
         database.create()
+        create_tables(database)
         machine = Site.open(options.machine)
         _have_a_key(machine)
         site = cls(options, machine, database, observe)
-        site.work.create_tables()
         site.blobs.reap()
         site.bases.find_new()
         site.keeping.adopt()
         if left := site.work.resume():
             LOG.info("going on with %d operations of the last process", len(left))
         site.leases.begin()
+        site.tidying.begin()
         return site
 
     def reload(self, options: Options) -> None:
-        """Take over what may change while it runs: limits and leases."""
-        self.options = replace(self.options, limits=options.limits, leases=options.leases)
+        """Take over what may change while it runs: limits, leases, and how long things are kept."""
+        self.options = replace(
+            self.options, limits=options.limits, leases=options.leases, keep_days=options.keep_days
+        )
         self.blobs.limit = options.limits.blob_cache_bytes
         self.leases.look()
 
     def close(self) -> None:
         """Stop serving. Machines go on, and operations wait for the next process."""
+        self.tidying.close()
         self.leases.close()
         self.news.close()
         self.work.close()

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from oslo_log import log
 from sqlalchemy.engine import Connection
-from taskflow import engines, task
+from taskflow import task
+from taskflow.engines.action_engine.engine import SerialActionEngine
 from taskflow.exceptions import WrappedFailure
 from taskflow.patterns import linear_flow
 from taskflow.persistence import models
@@ -29,6 +30,7 @@ from taskflow.persistence.backends.impl_sqlalchemy import SQLAlchemyBackend
 from cloudlet.errors import CloudletError, ConflictError, FailedError, of_the_system
 from cloudlet.keeper.order import describe
 from cloudlet.store import journal
+from cloudlet.store.database import Database
 from cloudlet.store.rows import OPERATIONS, Operation, OperationState, now
 
 if TYPE_CHECKING:
@@ -148,16 +150,12 @@ class Work:
         self._site = site
         self._flows = flows
         self._observe = observe
-        self._backend = _Backend({"connection": site.database.url}, engine=site.database.engine)
+        self._backend = _backend_of(site.database)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="work")
         self._lock = threading.Lock()
         self._running: dict[str, Running] = {}
         self._locks: dict[str, tuple[threading.Lock, int]] = {}
         self._closed = False
-
-    def create_tables(self) -> None:
-        """Bring TaskFlow's own tables to its version; nothing happens where they are."""
-        self._backend.get_connection().upgrade()
 
     def add(self, connection: Connection, operation: Operation) -> Operation:
         """Write an operation, in the transaction that makes it necessary. Then :meth:`submit` it."""
@@ -270,9 +268,8 @@ class Work:
         flow = linear_flow.Flow(operation.kind)
         flow.add(*(step(running) for step in self._flows[operation.kind]))
         book = self._book(operation)
-        engine = engines.load(
-            flow, flow_detail=next(iter(book)), book=book, backend=self._backend, engine="serial"
-        )
+        # By its class: by its name it would be looked for among all that is installed, each time.
+        engine = SerialActionEngine(flow, next(iter(book)), self._backend, {})
         try:
             engine.run()
         except CancelledError:
@@ -313,6 +310,15 @@ class Work:
 
 
 _OPEN = (OperationState.PENDING, OperationState.RUNNING)
+
+
+def create_tables(database: Database) -> None:
+    """Bring TaskFlow's own tables to its version; nothing happens where they are."""
+    _backend_of(database).get_connection().upgrade()
+
+
+def _backend_of(database: Database) -> SQLAlchemyBackend:
+    return _Backend({"connection": database.url}, engine=database.engine)
 
 
 class _Backend(SQLAlchemyBackend):  # type: ignore[misc]

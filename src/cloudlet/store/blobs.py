@@ -108,6 +108,10 @@ class BlobStore:
         path = self._path(digest)
         return path if path.exists() else None
 
+    def holders(self, digest: str) -> list[str]:
+        """Who holds a blob, such as ``overlay:ID``."""
+        return self._database.read(lambda connection: _holders(connection, digest))
+
     def bytes(self, *, cached: bool = False) -> int:
         """Bytes of all blobs, or of those that are only cached."""
         size = sa.func.coalesce(sa.func.sum(tables.blobs.c.size), 0)

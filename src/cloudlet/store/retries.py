@@ -5,6 +5,7 @@ It is remembered in the transaction that makes the thing, so that a crash leaves
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,7 +20,7 @@ from cloudlet.store import tables
 from cloudlet.store.database import Database
 from cloudlet.store.rows import now
 
-_LONGEST_KEY = 128
+_KEY = re.compile("[!-~]{1,128}")
 
 Remember = Callable[[Connection, str], None]
 """Told of the id of what was made, in the transaction that makes it."""
@@ -37,10 +38,10 @@ class Retry:
     def of(cls, user_id: str, key: str, operation: str, body: str) -> Self:
         """The request of a user with this key.
 
-        :raises UsageError: the key is too long, or not printable.
+        :raises UsageError: the key is too long, or not of visible characters.
         """
-        if not 0 < len(key) <= _LONGEST_KEY or not key.isprintable():
-            raise UsageError(f"Idempotency-Key: it has 1 to {_LONGEST_KEY} printable characters")
+        if not _KEY.fullmatch(key):
+            raise UsageError("Idempotency-Key: it has 1 to 128 visible characters of ASCII")
         return cls(user_id, key, blake3(f"{operation}\n{body}".encode()).hexdigest())
 
 
@@ -61,6 +62,13 @@ def known(database: Database, retry: Retry) -> str | None:
             "Idempotency-Key: it was another request's", hint="use a new one for a new request"
         )
     return str(found.resource_id)
+
+
+def drop(database: Database, retry: Retry) -> None:
+    """Forget a request whose thing has gone: to repeat it is to ask anew."""
+    columns = tables.retries.c
+    mine = sa.and_(columns.user_id == retry.user_id, columns.key == retry.key)
+    database.write(lambda connection: connection.execute(sa.delete(tables.retries).where(mine)))
 
 
 def remember(connection: Connection, retry: Retry, resource_id: str) -> None:

@@ -90,6 +90,11 @@ class Base(Owned):
     description: Mapping[str, Any] | None = None
     error: Mapping[str, Any] | None = None
 
+    @property
+    def public(self) -> bool:
+        """Bases are everybody's to see and to start from."""
+        return True
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlay(Owned):
@@ -175,12 +180,17 @@ R = TypeVar("R", bound=Row)
 class Rows(Generic[R]):
     """The records of one kind."""
 
-    def __init__(self, noun: str, kind: type[R], table: sa.Table) -> None:
+    def __init__(self, noun: str, kind: type[R], table: sa.Table, listed_by: str = "") -> None:
         self.noun = noun
+        self.listed_by = f"list them: cloudlet {listed_by or noun} list"
+        """What to do who names one that there is not."""
         self.kind = kind
         self.table = table
         names = [entry.name for entry in fields(kind)]  # type: ignore[arg-type]
         self._columns = [table.c[name] for name in names]
+        # Written once: to write a query costs more than to answer it.
+        self._one = sa.select(*self._columns).where(table.c.id == sa.bindparam("key"))
+        self._locked = self._one.with_for_update()
         hints = {entry.name: entry.default for entry in fields(kind)}  # type: ignore[arg-type]
         self._states = {name: type(default) for name, default in hints.items() if isinstance(default, Enum)}
 
@@ -195,12 +205,10 @@ class Rows(Generic[R]):
 
         :raises NotFoundError: there is none.
         """
-        query = sa.select(*self._columns).where(self.table.c.id == key)
-        row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+        query = self._locked if lock else self._one
+        row = connection.execute(query, {"key": key}).one_or_none()
         if row is None:
-            raise NotFoundError(
-                f"there is no {self.noun} {key}", hint=f"list them: cloudlet {self.noun} list"
-            )
+            raise NotFoundError(f"there is no {self.noun} {key}", hint=self.listed_by)
         return self._record(row)
 
     def find(self, connection: Connection, **equal: Any) -> R | None:
@@ -276,8 +284,8 @@ class Rows(Generic[R]):
         return self.kind(**values)
 
 
-BASES = Rows("base", Base, tables.bases)
-OVERLAYS = Rows("overlay", Overlay, tables.overlays)
+BASES = Rows("base", Base, tables.bases, "site base")
+OVERLAYS = Rows("overlay", Overlay, tables.overlays, "site overlay")
 APPS = Rows("app", App, tables.apps)
 INSTANCES = Rows("instance", Instance, tables.instances)
 OPERATIONS = Rows("operation", Operation, tables.operations)

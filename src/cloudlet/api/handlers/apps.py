@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from cloudlet.api import listing
 from cloudlet.api.handlers.operations import accepted
 from cloudlet.api.operation import Answer, Call
-from cloudlet.api.schemas.apps import AppBody, AppCreateBody, AppsBody, AppsQuery, AppUpdateBody, AppView
-from cloudlet.store.rows import APPS, App
+from cloudlet.api.schemas.apps import (
+    AppBody,
+    AppCreateBody,
+    AppsBody,
+    AppsQuery,
+    AppUpdateBody,
+    AppView,
+    Component,
+)
+from cloudlet.store.rows import APPS, OVERLAYS, App
 
 
 def list(call: Call, query: AppsQuery) -> AppsBody:  # noqa: A001 (it is what it is called on the wire)
@@ -17,11 +27,10 @@ def list(call: Call, query: AppsQuery) -> AppsBody:  # noqa: A001 (it is what it
 
 def create(call: Call, body: AppCreateBody) -> AppBody:
     """Publish an app."""
-    if again := call.again():
-        return AppBody(
-            app=AppView.of(call.site.database.read(lambda connection: APPS.get(connection, again)))
-        )
+    if again := call.again(APPS):
+        return AppBody(app=AppView.of(again))
     wanted = body.app
+    _see_overlays(call, wanted.components)
     app = App(
         project_id=call.who.project_id,
         user_id=call.who.user_id,
@@ -40,7 +49,8 @@ def show(app: App) -> AppBody:
 
 def update(call: Call, app: App, body: AppUpdateBody) -> AppBody:
     """Change an app; what runs of it stays as it is."""
-    changes = body.app.model_dump(mode="json", exclude_unset=True)
+    _see_overlays(call, body.app.components or ())
+    changes = body.app.model_dump(mode="json", include=body.app.model_fields_set)
     public = changes.pop("public", app.public)
     descriptor = {**app.descriptor, **changes}
     return AppBody(app=AppView.of(call.site.apps.update(app, public=bool(public), descriptor=descriptor)))
@@ -54,3 +64,9 @@ def delete(call: Call, app: App) -> None:
 def prestage(call: Call, app: App) -> Answer:
     """Bring what the app needs here before somebody asks for it."""
     return accepted(call, call.site.apps.prestage(app))
+
+
+def _see_overlays(call: Call, components: Iterable[Component]) -> None:
+    """Whether the caller may see what an app is to be made of."""
+    for component in components:
+        listing.seen(call, OVERLAYS, component.overlay_id)

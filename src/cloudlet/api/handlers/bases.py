@@ -18,10 +18,8 @@ def list(call: Call, query: BasesQuery) -> BasesBody:  # noqa: A001 (it is what 
 
 def create(call: Call, body: BaseCreateBody) -> BaseBody:
     """Create the record of a base, whose exported file is uploaded next with PUT."""
-    if again := call.again():
-        return BaseBody(
-            base=BaseView.of(call.site.database.read(lambda connection: BASES.get(connection, again)))
-        )
+    if again := call.again(BASES):
+        return BaseBody(base=BaseView.of(again))
     base = Base(project_id=call.who.project_id, user_id=call.who.user_id, name=body.base.name)
     return BaseBody(base=BaseView.of(call.site.bases.create(base, call.remember)))
 

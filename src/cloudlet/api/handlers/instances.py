@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from cloudlet.api import listing
+from cloudlet.api.faults import ImpossibleError
 from cloudlet.api.handlers.operations import accepted
 from cloudlet.api.operation import Answer, Call, Text
 from cloudlet.api.schemas.instances import (
@@ -17,10 +16,10 @@ from cloudlet.api.schemas.instances import (
     InstanceView,
     SaveBody,
 )
-from cloudlet.errors import NotFoundError
+from cloudlet.errors import RefusedError
 from cloudlet.model import PublishedPort
 from cloudlet.service.instances import Asked
-from cloudlet.store.rows import APPS, INSTANCES, OPERATIONS, OVERLAYS, Instance, Operation, Overlay, Rows
+from cloudlet.store.rows import APPS, INSTANCES, OPERATIONS, OVERLAYS, Instance, Operation, Overlay
 
 
 def list(call: Call, query: InstancesQuery) -> InstancesBody:  # noqa: A001 (it is what it is called on the wire)
@@ -34,17 +33,22 @@ def create(call: Call, body: InstanceCreateBody) -> Answer:
 
     The operation has ended well when the app answers; the instance then says where.
     """
-    if again := call.again():
-        return accepted(call, call.site.database.read(lambda connection: OPERATIONS.get(connection, again)))
+    if again := call.again(OPERATIONS):
+        return accepted(call, again)
     wanted = body.instance
-    app = _seen(call, APPS, wanted.app_id)
+    if len(wanted.model_fields_set & {*wanted.SOURCES}) != 1:
+        raise ImpossibleError(f"give exactly one of {', '.join(wanted.SOURCES)}")
+    if wanted.url and not call.allows("publisher", None):
+        # The site would ask for members what they cannot reach themselves.
+        raise RefusedError("only a publisher may have an overlay fetched from elsewhere")
+    app = listing.seen(call, APPS, wanted.app_id) if wanted.app_id else None
     lease = wanted.lease_seconds or (app.descriptor.get("lease_seconds") if app else None)
     asked = Asked(
         project_id=call.who.project_id,
         user_id=call.who.user_id,
         name=wanted.name or "",
         app=app,
-        overlay=_seen(call, OVERLAYS, wanted.overlay_id),
+        overlay=listing.seen(call, OVERLAYS, wanted.overlay_id) if wanted.overlay_id else None,
         url=wanted.url,
         ports=[PublishedPort(port.guest_port, host_port=port.port) for port in wanted.ports],
         lease_seconds=lease,
@@ -94,8 +98,8 @@ def suspend(call: Call, instance: Instance) -> Answer:
 
 def save(call: Call, instance: Instance, body: SaveBody) -> Answer:
     """Make an overlay of what the user has changed."""
-    if again := call.again():
-        return accepted(call, call.site.database.read(lambda connection: OPERATIONS.get(connection, again)))
+    if again := call.again(OPERATIONS):
+        return accepted(call, again)
     overlay = Overlay(project_id=instance.project_id, user_id=instance.user_id, name=body.overlay.name)
     return accepted(call, call.site.instances.save(instance, overlay, call.remember))
 
@@ -107,13 +111,3 @@ def console_log(call: Call, instance: Instance, query: ConsoleQuery) -> Text:
 
 def _view(call: Call, instance: Instance) -> InstanceView:
     return InstanceView.of(instance, call.site.keeping.known(instance.id))
-
-
-def _seen(call: Call, rows: Rows[Any], key: str | None) -> Any:
-    """The row with this id, if the caller may see it."""
-    if key is None:
-        return None
-    row = call.site.database.read(lambda connection: rows.get(connection, key))
-    if not call.allows("visible", row):
-        raise NotFoundError(f"there is no {rows.noun} {key}", hint=f"list them: cloudlet {rows.noun} list")
-    return row

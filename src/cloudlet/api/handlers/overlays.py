@@ -32,14 +32,10 @@ def create(call: Call, body: OverlayCreateBody) -> OverlayBody:
 
     Its bytes are uploaded next with PUT, or are at ``url``, from where they are fetched when they are needed.
     """
-    if body.overlay.public and not call.allows("publisher", None):
-        raise RefusedError("only a publisher may make an overlay public")
-    if again := call.again():
-        return OverlayBody(
-            overlay=OverlayView.of(
-                call.site.database.read(lambda connection: OVERLAYS.get(connection, again))
-            )
-        )
+    if (body.overlay.public or body.overlay.url) and not call.allows("publisher", None):
+        raise RefusedError("only a publisher may make an overlay public, or have one fetched from elsewhere")
+    if again := call.again(OVERLAYS):
+        return OverlayBody(overlay=OverlayView.of(again))
     wanted = body.overlay
     overlay = Overlay(
         project_id=call.who.project_id,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from cloudlet.api.schemas.common import Identifier, Incoming, Link, ListQuery, Moment, Name, View
+from cloudlet.api.schemas.common import Identifier, Incoming, Link, ListQuery, Moment, Name, Seconds, View
 from cloudlet.store.rows import App
 
 
@@ -34,7 +34,7 @@ class AppCreate(Incoming):
     public: bool = Field(True, description="whether every user of the site may start it")
     components: list[Component] = Field(min_length=1, max_length=1)
     restart: bool = Field(False, description="whether an instance that ends by itself is started again")
-    lease_seconds: int | None = Field(None, ge=1, le=31_536_000)
+    lease_seconds: Seconds | None = None
     intent: Intent = Intent()
 
     def descriptor(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class AppUpdate(Incoming):
     public: bool | None = None
     components: list[Component] | None = Field(None, min_length=1, max_length=1)
     restart: bool | None = None
-    lease_seconds: int | None = Field(None, ge=1, le=31_536_000)
+    lease_seconds: Seconds | None = None
     intent: Intent | None = None
 
 

@@ -7,7 +7,17 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar
 from urllib.parse import urlencode
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    StringConstraints,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from cloudlet.api.faults import described
 from cloudlet.errors import UsageError
@@ -22,6 +32,12 @@ Moment = Annotated[
 """UTC, ISO 8601, with microseconds."""
 # A terminal and a log show names.
 Name = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
+_WHOLE = BeforeValidator(lambda value: _whole(value))
+"""A whole number of JSON may be written 4.0."""
+Seconds = Annotated[int, Field(ge=1, le=31_536_000), _WHOLE]
+"""Of a lease: at most a year."""
+GuestPortNumber = Annotated[int, Field(ge=1, le=65535), _WHOLE]
+HostPortNumber = Annotated[int, Field(ge=0, le=65535), _WHOLE]
 Identifier = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
 Metadata = Annotated[
     dict[
@@ -34,9 +50,40 @@ Url = Annotated[str, StringConstraints(max_length=4096, pattern=r"^https?://[^\s
 
 
 class Incoming(BaseModel):
-    """What a client sends: no members but those that are listed."""
+    """What a client sends: no members but those that are listed, and none that is null: it is left out."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=False)
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_null(cls, data: Any) -> Any:
+        for name, value in data.items() if isinstance(data, dict) else ():
+            if value is None:
+                raise ValueError(f"{str(name)[:64]} is null: leave it out")
+        return data
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        reference = handler(core_schema)
+        schema = handler.resolve_ref_schema(reference)
+        members = schema.get("properties", {})
+        schema["properties"] = {name: without_null(member) for name, member in members.items()}
+        return reference
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def without_null(member: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a member that may be left out, but is never null."""
+    rest = {name: value for name, value in member.items() if name != "anyOf"}
+    if rest.get("default", ...) is None:
+        del rest["default"]
+    choices = [choice for choice in member.get("anyOf", ()) if choice != {"type": "null"}]
+    return {**rest, **choices[0]} if choices else rest
 
 
 class View(BaseModel):

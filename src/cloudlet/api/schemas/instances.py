@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from cloudlet.api.schemas.common import (
     ErrorView,
+    GuestPortNumber,
+    HostPortNumber,
     Identifier,
     Incoming,
     Link,
@@ -16,14 +18,13 @@ from cloudlet.api.schemas.common import (
     Metadata,
     Moment,
     Name,
+    Seconds,
     Url,
     View,
     error_view,
 )
 from cloudlet.keeper.order import Status
 from cloudlet.store.rows import Instance, InstanceState
-
-_LONGEST_LEASE = 31_536_000
 
 
 class EndpointView(View):
@@ -123,26 +124,22 @@ class InstancesBody(View):
 class PortWish(Incoming):
     """A port of the app that shall be published under a certain number."""
 
-    guest_port: int = Field(ge=1, le=65535)
-    port: int = Field(0, ge=0, le=65535, description="0: any that is free")
+    guest_port: GuestPortNumber
+    port: HostPortNumber = Field(0, description="0: any that is free")
 
 
 class InstanceCreate(Incoming):
     """What to run: exactly one of app_id, overlay_id and url."""
+
+    SOURCES: ClassVar[tuple[str, ...]] = ("app_id", "overlay_id", "url")
 
     name: Name | None = None
     app_id: Identifier | None = None
     overlay_id: Identifier | None = None
     url: Url | None = None
     ports: list[PortWish] = Field([], max_length=16)
-    lease_seconds: int | None = Field(None, ge=1, le=_LONGEST_LEASE)
+    lease_seconds: Seconds | None = None
     metadata: Metadata = Field({})
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if sum(given is not None for given in (self.app_id, self.overlay_id, self.url)) != 1:
-            raise ValueError("give exactly one of app_id, overlay_id and url")
-        return self
 
 
 class InstanceCreateBody(Incoming):
@@ -156,8 +153,8 @@ class InstanceUpdate(Incoming):
 
     name: Name | None = None
     metadata: Metadata | None = None
-    lease_seconds: int | None = Field(
-        None, ge=1, le=_LONGEST_LEASE, description="renew the lease: it ends so many seconds from now"
+    lease_seconds: Seconds | None = Field(
+        None, description="renew the lease: it ends so many seconds from now"
     )
 
 

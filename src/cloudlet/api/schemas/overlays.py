@@ -84,4 +84,5 @@ class OverlaysQuery(ListQuery):
 
     name: str | None = Field(None, max_length=255)
     state: FileState | None = None
+    digest: str | None = Field(None, max_length=64)
     base_identity: str | None = Field(None, max_length=64)

@@ -1,0 +1,102 @@
+"""The server is killed at every step of every kind of operation; the machines and the next server go on."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cloudlet.hypervisor.records import records
+from cloudlet.service.flows import FLOWS
+from cloudlet.service.options import Options
+from cloudlet.store.bases import BaseStore
+from cloudlet.store.exchange import export_base
+from tests.service.conftest import Made, Running, serving
+from tests.service.crashes import MOMENTS, SCENARIOS, check_after, create, dying, play
+
+SEED = 20240605
+# All of them are in the soak.
+SAMPLE = random.Random(SEED).sample(MOMENTS, 6)
+
+
+def test_every_kind_of_operation_is_tried() -> None:
+    assert SCENARIOS.keys() | {"base.import"} == FLOWS.keys()
+
+
+@pytest.mark.parametrize(("kind", "step", "state"), SAMPLE)
+def test_killed_at_a_step(
+    kind: str, step: str, state: str, options: Options, made: Made, hashed: str, tmp_path: Path
+) -> None:
+    with dying(tmp_path, made, hashed, kind, step, state) as (process, call):
+        play(SCENARIOS[kind], call, made, options)
+        assert process.wait(20) == -signal.SIGKILL, "it was not killed at this moment"
+    found = check_after(options)
+    assert found["states"][kind] == "succeeded", "it did not go on"
+
+
+def test_killed_while_a_base_is_imported(options: Options, made: Made, hashed: str, tmp_path: Path) -> None:
+    export_base(BaseStore(made.cache / "bases").get(made.base_id), tmp_path / "base")
+    with dying(tmp_path, made, hashed, "base.import", "import", "succeeded") as (process, call):
+        row = call.post("/v1/bases", {"base": {"name": "fake-base"}})["base"]
+        call("PUT", f"/v1/bases/{row['id']}/file", data=(tmp_path / "base").read_bytes())
+        assert process.wait(20) == -signal.SIGKILL
+    assert check_after(options)["states"]["base.import"] == "succeeded"
+
+
+def test_killed_at_random_moments_under_load(
+    options: Options, made: Made, hashed: str, tmp_path: Path
+) -> None:
+    dice = random.Random(SEED)
+    for _ in range(3):
+        with dying(tmp_path, made, hashed) as (process, call):
+            users = [
+                threading.Thread(target=play, args=(create, call.as_("root"), made, options))
+                for _ in range(4)
+            ]
+            for user in users:
+                user.start()
+            time.sleep(dice.uniform(0.2, 2.0))
+            process.kill()
+            for user in users:
+                user.join(60)
+    check_after(options)
+
+
+def test_machines_go_on_while_nobody_serves(
+    options: Options, made: Made, hashed: str, tmp_path: Path
+) -> None:
+    with dying(tmp_path, made, hashed) as (_, call):
+        app = call.publish(made.overlay)
+        goes_on, ends = call.start(app), call.start(app)
+    machines = {record.endpoints[0].host_port: record for _, record in records(options.machine.instances_dir)}
+    doomed = machines[ends["endpoints"][0]["port"]].machine
+    assert doomed
+    os.kill(doomed.pid, signal.SIGKILL)
+    with serving(options) as running:
+        running.call.wait_event("instance.ended", ends["id"])
+        assert running.call.instance(ends["id"])["state"] == "failed"
+        again = running.call.instance(goes_on["id"])
+        assert (again["state"], again["endpoints"]) == ("active", goes_on["endpoints"])
+        assert running.call.post(f"/v1/instances/{again['id']}/pause")["instance"]["state"] == "paused"
+    assert check_after(options)["instances"] == {ends["id"]: "failed", goes_on["id"]: "paused"}
+
+
+def test_an_operation_that_is_cancelled_is_undone(running: Running, made: Made) -> None:
+    call = running.call
+    app = call.publish(made.overlay)
+    for _ in range(4):
+        answer = call.post("/v1/instances", {"instance": {"app_id": app["id"]}})
+        cancelled = call("DELETE", f"/v1/operations/{answer['operation']['id']}")
+        ended = call.ended(answer["operation"])
+        if cancelled.status_code == 409:
+            assert ended["state"] == "succeeded"
+            continue
+        instance = call.instance(answer["operation"]["resources"]["instance"])
+        if ended["state"] == "cancelled":
+            assert instance["state"] in ("failed", "requested")
+            assert instance["endpoints"] == []

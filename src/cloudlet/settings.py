@@ -150,6 +150,16 @@ WORK_OPTIONS = (
     cfg.IntOpt(
         "keep_days", default=30, min=1, mutable=True, help="How long ended operations and events are kept."
     ),
+    cfg.FloatOpt(
+        "webhook_retry_seconds",
+        default=2.0,
+        min=0.01,
+        help="How long after its first failure a push to a webhook is tried again; then twice as long, and "
+        "so on, an hour at most.",
+    ),
+    cfg.IntOpt(
+        "webhook_attempts", default=12, min=1, help="How often a push is tried before it is given up."
+    ),
 )
 GROUPS: dict[str, tuple[cfg.Opt, ...]] = {
     "DEFAULT": OPTIONS,

@@ -17,6 +17,7 @@ from cloudlet.store.rows import (
     INSTANCES,
     OPERATIONS,
     OVERLAYS,
+    WEBHOOKS,
     App,
     Base,
     Instance,
@@ -24,6 +25,7 @@ from cloudlet.store.rows import (
     OperationState,
     Overlay,
     Rows,
+    Webhook,
 )
 from cloudlet.store.rows import Operation as Work
 from tests.service.conftest import USERS, Caller, Running, serving
@@ -79,6 +81,7 @@ def site(running: Running) -> Iterator[Site]:
         (APPS, app),
         (INSTANCES, Instance(**owner, **sizes, name="i", state=InstanceState.DELETING)),  # type: ignore[arg-type]
         (OPERATIONS, Work(**owner, kind="instance.create", state=OperationState.SUCCEEDED)),
+        (WEBHOOKS, Webhook(**owner, url="http://127.0.0.1:9/", secret="s" * 16, after=0)),
     ]
     database = running.site.database
     for kind, row in rows:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cloudlet.api.handlers import apps, bases, events, instances, operations, overlays, site
+from cloudlet.api.handlers import apps, bases, events, instances, operations, overlays, site, webhooks
 from cloudlet.api.operation import Operation
 from cloudlet.api.policy import ADMIN, ANYBODY, MEMBER, OWNER, PUBLISHER, READER, VISIBLE
-from cloudlet.store.rows import APPS, BASES, INSTANCES, OPERATIONS, OVERLAYS
+from cloudlet.store.rows import APPS, BASES, INSTANCES, OPERATIONS, OVERLAYS, WEBHOOKS
 
 _BYTES, _TEXT = "application/octet-stream", "text/plain"
 
@@ -57,5 +57,10 @@ TABLE: tuple[Operation, ...] = (
     Operation("DELETE", "/v1/operations/{operation_id}",      operations.cancel,      OWNER,   OPERATIONS, status=202),
 
     Operation("GET",    "/v1/events",                         events.list,            READER),
+
+    Operation("GET",    "/v1/webhooks",                       webhooks.list,          PUBLISHER),
+    Operation("POST",   "/v1/webhooks",                       webhooks.create,        PUBLISHER, status=201),
+    Operation("GET",    "/v1/webhooks/{webhook_id}",          webhooks.show,          OWNER,   WEBHOOKS),
+    Operation("DELETE", "/v1/webhooks/{webhook_id}",          webhooks.delete,        OWNER,   WEBHOOKS, status=204),
 )
 # fmt: on

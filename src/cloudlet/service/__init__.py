@@ -15,6 +15,7 @@ apps.py         descriptors, and what is brought here before it is needed
 work.py         operations: long work that survives a crash and can be undone
 flows.py        which steps each kind of operation has
 leases.py       what time does to instances
+webhooks.py     events that are pushed, until they arrive or are given up
 tidying.py      what is forgotten when it is old
 news.py         who waits for what, in memory
 ==============  ================================================================

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from oslo_config import cfg
@@ -80,6 +81,9 @@ class Options:
     leases: Leases
     workers: int
     keep_days: int
+    webhook_retry: timedelta
+    """After the first failure; each further wait is twice as long."""
+    webhook_attempts: int
     keystone: cfg.ConfigOpts
     """The files, for what they say in ``[keystone_authtoken]``."""
 
@@ -127,6 +131,8 @@ def read_options(conf: cfg.ConfigOpts, machine: Settings, listen: str | None = N
         ),
         workers=conf.work.threads,
         keep_days=conf.work.keep_days,
+        webhook_retry=timedelta(seconds=conf.work.webhook_retry_seconds),
+        webhook_attempts=conf.work.webhook_attempts,
         keystone=conf,
     )
 

@@ -20,6 +20,7 @@ from cloudlet.service.news import News
 from cloudlet.service.options import Options
 from cloudlet.service.overlays import Overlays
 from cloudlet.service.tidying import Tidying
+from cloudlet.service.webhooks import Webhooks
 from cloudlet.service.work import Observer, Work, create_tables
 from cloudlet.store.blobs import BlobStore
 from cloudlet.store.database import Database
@@ -46,6 +47,7 @@ class ServedSite:
         self.instances = Instances(self)
         self.leases = Leases(self)
         self.tidying = Tidying(self)
+        self.webhooks = Webhooks(self)
 
     @classmethod
     def open(cls, options: Options, observe: Observer = lambda *_: None) -> Self:
@@ -66,6 +68,7 @@ class ServedSite:
             LOG.info("going on with %d operations of the last process", len(left))
         site.leases.begin()
         site.tidying.begin()
+        site.webhooks.begin()
         return site
 
     def reload(self, options: Options) -> None:
@@ -78,6 +81,7 @@ class ServedSite:
 
     def close(self) -> None:
         """Stop serving. Machines go on, and operations wait for the next process."""
+        self.webhooks.close()
         self.tidying.close()
         self.leases.close()
         self.news.close()

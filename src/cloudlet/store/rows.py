@@ -167,6 +167,20 @@ class Operation(Owned):
     request_id: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Webhook(Owned):
+    """Where events are pushed to."""
+
+    url: str
+    kinds: Sequence[str] = ()
+    """Beginnings of the kinds that are wanted; none: all."""
+    secret: str
+    everything: bool = False
+    """Whether it gets the events of all users."""
+    after: int
+    """The number of the last event that was looked at for it."""
+
+
 class Row(Protocol):
     """What a record has that is kept under an id."""
 
@@ -289,3 +303,4 @@ OVERLAYS = Rows("overlay", Overlay, tables.overlays, "site overlay")
 APPS = Rows("app", App, tables.apps)
 INSTANCES = Rows("instance", Instance, tables.instances)
 OPERATIONS = Rows("operation", Operation, tables.operations)
+WEBHOOKS = Rows("webhook", Webhook, tables.webhooks)

@@ -158,6 +158,27 @@ counters = sa.Table(
     sa.Column("name", sa.String(20), primary_key=True),
     sa.Column("value", sa.BigInteger, nullable=False),
 )
+webhooks = sa.Table(
+    "webhooks",
+    METADATA,
+    *_owned(),
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("kinds", sa.JSON, nullable=False),
+    sa.Column("secret", sa.String(255), nullable=False),
+    sa.Column("everything", sa.Boolean, nullable=False),
+    sa.Column("after", sa.BigInteger, nullable=False),
+)
+deliveries = sa.Table(
+    "deliveries",
+    METADATA,
+    sa.Column("webhook_id", _ID, sa.ForeignKey("webhooks.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("event", sa.JSON, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("next_at", Utc, nullable=False, index=True),
+    sa.Column("dead", sa.Boolean, nullable=False),
+    sa.Column("error", sa.Text),
+)
 facts = sa.Table(
     "facts",
     METADATA,

@@ -185,6 +185,24 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("user_id", "key", name=op.f("pk_retries")),
     )
     op.create_table(
+        "webhooks",
+        sa.Column("id", sa.String(length=36), nullable=False),
+        sa.Column("project_id", sa.String(length=255), nullable=False),
+        sa.Column("user_id", sa.String(length=255), nullable=False),
+        sa.Column("created_at", Utc(), nullable=False),
+        sa.Column("updated_at", Utc(), nullable=False),
+        sa.Column("url", sa.Text(), nullable=False),
+        sa.Column("kinds", sa.JSON(), nullable=False),
+        sa.Column("secret", sa.String(length=255), nullable=False),
+        sa.Column("everything", sa.Boolean(), nullable=False),
+        sa.Column("after", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_webhooks")),
+    )
+    with op.batch_alter_table("webhooks", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_webhooks_project_id"), ["project_id"], unique=False)
+        batch_op.create_index(batch_op.f("ix_webhooks_user_id"), ["user_id"], unique=False)
+
+    op.create_table(
         "blob_references",
         sa.Column("digest", sa.String(length=64), nullable=False),
         sa.Column("holder", sa.String(length=80), nullable=False),
@@ -193,6 +211,23 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("blob_references", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_blob_references_holder"), ["holder"], unique=False)
+
+    op.create_table(
+        "deliveries",
+        sa.Column("webhook_id", sa.String(length=36), nullable=False),
+        sa.Column("number", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("event", sa.JSON(), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("next_at", Utc(), nullable=False),
+        sa.Column("dead", sa.Boolean(), nullable=False),
+        sa.Column("error", sa.Text(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["webhook_id"], ["webhooks.id"], name=op.f("fk_deliveries_webhook_id"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("webhook_id", "number", name=op.f("pk_deliveries")),
+    )
+    with op.batch_alter_table("deliveries", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_deliveries_next_at"), ["next_at"], unique=False)
     counters = sa.table("counters", sa.column("name"), sa.column("value"))
     op.bulk_insert(counters, [{"name": name, "value": 0} for name in ("events", "capacity")])
     facts = sa.table("facts", sa.column("name"), sa.column("value"))

@@ -111,7 +111,7 @@ SCENARIOS: dict[str, Scenario] = {
 MOMENTS = [
     (kind, step.step, state)
     for kind in SCENARIOS
-    for step in FLOWS[kind]
+    for step in FLOWS[kind].steps
     for state in ("running", "succeeded")
 ]
 """When a server can be killed: an operation of a kind is about to note that a step has a state."""

@@ -98,5 +98,6 @@ def test_an_operation_that_is_cancelled_is_undone(running: Running, made: Made) 
             continue
         instance = call.instance(answer["operation"]["resources"]["instance"])
         if ended["state"] == "cancelled":
-            assert instance["state"] in ("failed", "requested")
+            assert instance["state"] == "failed"
+            assert instance["error"]["detail"].startswith("cancelled")
             assert instance["endpoints"] == []

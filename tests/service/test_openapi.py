@@ -11,16 +11,21 @@ from openapi_spec_validator import OpenAPIV31SpecValidator, validate
 
 from cloudlet.api import openapi
 from cloudlet.api.table import TABLE
-from cloudlet.service.options import Options
-from tests.service.conftest import PASSWORD, Made, Running, serving
+from tests.service.conftest import PASSWORD, Made, Running, make, options_in, serving
 
 SCHEMATHESIS = Path(__file__).parents[2] / ".venv" / "bin" / "st"
 SEED = "20240605"
 
 
 @pytest.fixture(scope="module")
-def running(module_options: Options) -> Iterator[Running]:
-    with serving(module_options) as running:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A base of its own: who tries everything deletes it."""
+    return make(tmp_path_factory.mktemp("explored"))
+
+
+@pytest.fixture(scope="module")
+def running(made: Made, hashed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with serving(options_in(tmp_path_factory.mktemp("site"), made, hashed)) as running:
         yield running
 
 

@@ -137,7 +137,12 @@ class Dispatcher:
         query = self._query(wants.get("query"), request)
         body = self._body(wants["body"], request) if "body" in wants else None
         if (key := request.headers.get("HTTP_IDEMPOTENCY_KEY")) is not None:
-            call.retry = Retry.of(who.user_id, key, operation.name, body.model_dump_json() if body else "")
+            call.retry = Retry.of(
+                who.user_id,
+                key,
+                f"{operation.name} {sorted(request.parameters.items())}",
+                body.model_dump_json() if body else "",
+            )
         upload = _upload(request) if "upload" in wants else None
         arguments = operation.arguments(call, row, body, query, upload)
         # The body has come: from here on a slow client keeps nobody waiting.

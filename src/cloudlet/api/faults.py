@@ -20,10 +20,6 @@ class NotAcceptableError(UsageError):
     """The version or the form that is asked for is not there."""
 
 
-class PreconditionError(errors.ConflictError):
-    """What the caller supposed is not so any more."""
-
-
 class ImpossibleError(UsageError):
     """Each member is as it should be, but not all of them together."""
 
@@ -65,7 +61,6 @@ class Fault:
 FAULTS: Mapping[type[CloudletError], Fault] = {
     UnauthenticatedError: Fault(401, "unauthenticated", "Not authenticated"),
     NotAcceptableError: Fault(406, "not_acceptable", "No such version"),
-    PreconditionError: Fault(412, "precondition", "It has changed meanwhile"),
     BusyError: Fault(503, "busy", "Too many at once", 5),
     ImpossibleError: Fault(422, "impossible", "It cannot be so"),
     RangeError: Fault(416, "range", "There is no such range"),

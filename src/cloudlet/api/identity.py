@@ -21,7 +21,7 @@ from typing import Protocol
 
 import bcrypt
 
-from cloudlet.api.faults import UnauthenticatedError
+from cloudlet.api.faults import BusyError, UnauthenticatedError
 from cloudlet.errors import FailedError, UsageError
 
 DEFAULT_PROJECT = "default"
@@ -30,6 +30,7 @@ UNAVAILABLE = "cloudlet.unavailable"
 _COST = 10
 _REMEMBERED_SECONDS = 300.0
 _MOST_REMEMBERED = 4096
+_GUESS_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,7 @@ class HttpBasic:
         self._read_at: tuple[int, int] | None = None
         self._known: dict[bytes, tuple[float, Identity]] = {}
         """Those who were here a moment ago: bcrypt is slow by design."""
+        self._guessing = threading.Lock()
         self._key = secrets.token_bytes(32)
         self._nobody = bcrypt.hashpw(b"nobody", bcrypt.gensalt(_COST)).decode()
 
@@ -137,7 +139,7 @@ class HttpBasic:
             return known[1]
         user = self._users.get(name)
         # A user that is not there takes as long as one that is.
-        if not _matches(password, user.hash if user else self._nobody) or not user:
+        if not self._right(password, user.hash if user else self._nobody) or not user:
             raise UnauthenticatedError("the user or the password is wrong")
         identity = Identity(user.name, user.project, user.roles)
         with self._lock:
@@ -145,6 +147,15 @@ class HttpBasic:
                 self._known.clear()
             self._known[mark] = time.monotonic() + _REMEMBERED_SECONDS, identity
         return identity
+
+    def _right(self, password: str, hashed: str) -> bool:
+        """Whether a password is right; guessing takes no more than one processor at a time."""
+        if not self._guessing.acquire(timeout=_GUESS_SECONDS):
+            raise BusyError("too many passwords are being checked")
+        try:
+            return _matches(password, hashed)
+        finally:
+            self._guessing.release()
 
     def _read_if_changed(self) -> None:
         try:

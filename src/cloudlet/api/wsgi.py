@@ -13,6 +13,7 @@ import falcon
 from cloudlet.api.dispatch import Dispatcher, Request, Response
 from cloudlet.api.faults import MethodError, PathError
 from cloudlet.api.operation import Operation, Stream
+from cloudlet.errors import UsageError
 
 Responder = Callable[..., None]
 
@@ -94,6 +95,8 @@ def _one(value: Any) -> str:
 def _refuse(dispatcher: Dispatcher, response: falcon.Response, error: Exception) -> None:
     if isinstance(error, falcon.HTTPStatus):
         raise error
+    if isinstance(error, falcon.HTTPError):
+        error = UsageError(f"{error.title}: {error.description or 'the request is not understood'}")
     _send(response, dispatcher.refuse(error))
 
 

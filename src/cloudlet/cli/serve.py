@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
+import sys
 import threading
 
 from oslo_config import cfg
@@ -14,7 +16,7 @@ from cloudlet.api.server import Server
 from cloudlet.api.service import build
 from cloudlet.cli.command import CloudletCommand
 from cloudlet.cli.exclusive import only_server
-from cloudlet.errors import CloudletError
+from cloudlet.errors import CloudletError, ExitCode
 from cloudlet.service.options import Options, read_options
 from cloudlet.service.site import ServedSite
 from cloudlet.settings import read_files
@@ -56,6 +58,9 @@ class Serve(CloudletCommand):
                 server.serve()
             finally:
                 site.close()
+                sys.stdout.flush()
+            # What is being worked on stays as it is, for the next server; nobody waits here until it is done.
+            os._exit(ExitCode.DONE)
 
     def _options(self, listen: str | None) -> Options:
         return read_options(read_files(self.app.options.config_file), self.app.settings, listen)

@@ -27,7 +27,6 @@ REASONS: Mapping[str, type[CloudletError]] = {
     "not_found": errors.NotFoundError,
     "no_such_path": errors.NotFoundError,
     "conflict": errors.ConflictError,
-    "precondition": errors.ConflictError,
     "invalid": UsageError,
     "not_acceptable": UsageError,
     "range": UsageError,

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oslo_log import log
+
 from cloudlet.errors import CloudletError, ConflictError, FailedError
 from cloudlet.hypervisor.qemu.sockets import connect
 from cloudlet.keeper import folder as folders
@@ -28,6 +30,7 @@ from cloudlet.keeper.order import KeeperState, Order, Status, raised, settings_t
 from cloudlet.keeper.wire import LONGEST_LINE, Line
 from cloudlet.settings import Settings
 
+LOG = log.getLogger(__name__)
 _START_SECONDS = 20.0
 """Longest time until a new keeper can be talked to."""
 _END_SECONDS = 30.0
@@ -156,12 +159,13 @@ class Keepers:
         """Remove what a keeper that has ended left."""
         with self._lock:
             self._watched.pop(instance_id, None)
+        self._wake()
         folders.remove(self._folder / instance_id)
 
     def close(self) -> None:
         """Stop watching; the keepers go on."""
         self._closed = True
-        self._wake()
+        self._wake_now()
         self._thread.join()
         if self._nursery:
             process, line = self._nursery
@@ -226,22 +230,36 @@ class Keepers:
         self._wake()
 
     def _wake(self) -> None:
+        if not self._closed:
+            self._wake_now()
+
+    def _wake_now(self) -> None:
         with suppress(BlockingIOError):
             os.write(self._wake_writer, b"\0")
 
     def _watch(self) -> None:
         while not self._closed:
-            with self._lock:
-                known = {key.data.instance_id for key in self._selector.get_map().values() if key.data}
-                for instance_id, watched in self._watched.items():
-                    if instance_id not in known:
-                        self._selector.register(watched.connection, selectors.EVENT_READ, watched)
+            self._register()
             for key, _ in self._selector.select():
                 if key.data is None:
                     with suppress(BlockingIOError):
                         os.read(self._wake_reader, 4096)
-                else:
+                    continue
+                try:
                     self._hear(key.data)
+                except Exception:
+                    LOG.exception("what the keeper of %s says is not understood", key.data.instance_id)
+
+    def _register(self) -> None:
+        """Listen to those who came, and no more to those who were forgotten."""
+        with self._lock:
+            wanted = {id(watched): watched for watched in self._watched.values()}
+        for key in list(self._selector.get_map().values()):
+            if key.data and wanted.pop(id(key.data), None) is None:
+                self._selector.unregister(key.fileobj)
+                key.data.connection.close()
+        for watched in wanted.values():
+            self._selector.register(watched.connection, selectors.EVENT_READ, watched)
 
     def _hear(self, watched: _Watched) -> None:
         try:
@@ -260,7 +278,10 @@ class Keepers:
         self._selector.unregister(watched.connection)
         watched.connection.close()
         with self._lock:
-            forgotten = self._watched.pop(watched.instance_id, None) is None
+            # Another keeper of the same instance may be there already.
+            forgotten = self._watched.get(watched.instance_id) is not watched
+            if not forgotten:
+                del self._watched[watched.instance_id]
         if not forgotten and (last := self._last_status(self._folder / watched.instance_id)):
             self._told(watched.instance_id, last)
 

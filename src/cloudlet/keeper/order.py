@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
@@ -73,7 +73,9 @@ class Status:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        known = dict(data)
+        # A keeper may be of another version than its site.
+        names = {entry.name for entry in fields(cls)}
+        known = {name: value for name, value in data.items() if name in names}
         known["state"] = KeeperState(known["state"])
         known["endpoints"] = tuple(Endpoint(**endpoint) for endpoint in known["endpoints"])
         return cls(**known)

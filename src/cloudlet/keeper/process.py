@@ -49,6 +49,8 @@ class Keeper:
         self._made: Synthesised | None = None
         self._site: Site | None = None
         self._told = threading.Event()
+        self._asked = False
+        """Whether it is the site that wants the end."""
         self._last_told = 0.0
         commands = {"pause": self._pause, "resume": self._resume, "save": self._save, "end": self._end}
         self._control = Control(folder, commands)
@@ -59,7 +61,8 @@ class Keeper:
         try:
             self._keep(order)
         except _ToldToEnd:
-            tell(keep=False, told=True)
+            if not self._asked:
+                tell(keep=False, error=describe(FailedError("its keeper was told to end by the system")))
         except CloudletError as error:
             tell(keep=False, error=describe(error))
         except (OSError, MemoryError) as error:
@@ -71,7 +74,7 @@ class Keeper:
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             Site.abandon(self._settings)
-            tell(state=KeeperState.ENDED, endpoints=(), told=self._told.is_set())
+            tell(state=KeeperState.ENDED, endpoints=(), told=self._asked)
 
     def told_to_end(self, _number: int = 0, _frame: FrameType | None = None) -> None:
         """SIGTERM's handler: once, and not again while things are being cleaned up."""
@@ -159,6 +162,7 @@ class Keeper:
         return {"pause_seconds": saved.pause_seconds}
 
     def _end(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
+        self._asked = True
         os.kill(os.getpid(), signal.SIGTERM)
         return {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Connection
@@ -38,11 +39,17 @@ class Apps:
 
         return self._site.database.write(insert)
 
-    def update(self, app: App, **changes: Any) -> App:
-        """Change an app; what runs of it stays as it is."""
+    def update(self, app: App, public: bool | None, changes: Mapping[str, Any]) -> App:
+        """Change an app, and some of its descriptor; what runs of it stays as it is."""
 
         def update(connection: Connection) -> App:
-            after = APPS.update(connection, app.id, **changes)
+            before = APPS.get(connection, app.id, lock=True)
+            after = APPS.update(
+                connection,
+                app.id,
+                public=before.public if public is None else public,
+                descriptor={**before.descriptor, **changes},
+            )
             journal.emit(connection, "app", "updated", after, name=after.name, version=after.version)
             return after
 
@@ -68,7 +75,7 @@ class Apps:
         def begin(connection: Connection) -> Operation:
             (component,) = app.descriptor["components"]
             overlay = OVERLAYS.get(connection, component["overlay_id"])
-            return self._site.overlays.prestage(connection, overlay)
+            return self._site.overlays.prestage(connection, overlay, app)
 
         begun = self._site.database.write(begin)
         self._site.work.submit(begun)

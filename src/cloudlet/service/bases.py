@@ -20,7 +20,15 @@ from cloudlet.store import bases as files
 from cloudlet.store import journal
 from cloudlet.store.exchange import import_base
 from cloudlet.store.retries import Remember, forget
-from cloudlet.store.rows import BASES, INSTANCES, Base, FileState, Operation
+from cloudlet.store.rows import (
+    BASES,
+    INSTANCES,
+    OPERATIONS,
+    Base,
+    FileState,
+    Operation,
+    OperationState,
+)
 
 if TYPE_CHECKING:
     from cloudlet.service.site import ServedSite
@@ -45,6 +53,8 @@ class Bases:
         here = {base.id: base for base in self._site.machine.bases.all()}
 
         def note(connection: Connection) -> None:
+            # Again: an import may have ended since.
+            here = {base.id: base for base in self._site.machine.bases.all()}
             rows = {str(row.identity): row for row in BASES.list(connection, state=FileState.ACTIVE)}
             for identity in here.keys() - rows.keys():
                 BASES.insert(connection, self._row(here[identity]))
@@ -106,7 +116,10 @@ class Bases:
             raise CorruptError("this is not an exported base", hint="make it with: cloudlet base export")
 
         def note(connection: Connection) -> None:
-            if other := BASES.find(connection, identity=base.id):
+            other = BASES.find(connection, identity=base.id)
+            if other and other.user_id != _SITE:
+                raise ConflictError(f"this base is here already, as {other.name}, {other.id}")
+            if other:  # found here before its row said so
                 BASES.delete(connection, other.id)
             done = BASES.update(
                 connection, base_id, state=FileState.ACTIVE, identity=base.id, size=base.bytes_on_disk(),
@@ -116,6 +129,18 @@ class Bases:
 
         self._site.database.write(note)
         file.unlink(missing_ok=True)
+
+    def find_left(self) -> None:
+        """At the start: what a crash left between its last byte and its import can be sent on."""
+
+        def note(connection: Connection) -> None:
+            states = (OperationState.PENDING, OperationState.RUNNING)
+            busy = {one.resources.get("base") for one in OPERATIONS.list(connection, state=states)}
+            for row in BASES.list(connection, state=FileState.VERIFYING):
+                if row.id not in busy:
+                    BASES.update(connection, row.id, state=FileState.UPLOADING)
+
+        self._site.database.write(note)
 
     def reject(self, base_id: str, error: CloudletError) -> None:
         """Say that a base cannot be used, and why."""

@@ -12,11 +12,11 @@ from typing import Any
 
 from sqlalchemy.engine import Connection
 
-from cloudlet.errors import ConflictError, FailedError, NotFoundError
-from cloudlet.keeper.order import KeeperState, Order, Status, raised
+from cloudlet.errors import CloudletError, ConflictError, NotFoundError
+from cloudlet.keeper.order import KeeperState, Order, Status, describe, raised
 from cloudlet.service import overlays
 from cloudlet.service.keeping import endpoints_of
-from cloudlet.service.work import Flow, Step
+from cloudlet.service.work import Flow, Running, Step
 from cloudlet.store import journal
 from cloudlet.store.rows import INSTANCES, OVERLAYS, Instance, InstanceState
 
@@ -86,10 +86,8 @@ class Synthesise(_OfInstance):
             endpoints=endpoints_of(status), timings=dict(status.timings), error=None,
         )  # fmt: skip
         self.site.instances.begin_lease(self.instance_id)
-
-    def undo(self) -> None:
-        with suppress(NotFoundError):
-            self.become(InstanceState.FAILED, "failed", endpoints=[])
+        # It may have ended since it said that it is ready, when nobody took it for one that runs.
+        self.site.keeping.look_again(self.instance_id)
 
     def _look(self, status: Status) -> None:
         self.running.check()
@@ -139,6 +137,10 @@ class Save(_OfInstance):
     def undo(self) -> None:
         self._target().unlink(missing_ok=True)
 
+    @property
+    def was_paused(self) -> bool:
+        return bool(self.operation.input.get("paused"))
+
     def _target(self) -> Path:
         return self.site.blobs.staging(f"save-{self.operation.id}")
 
@@ -159,9 +161,6 @@ class Keep(Step):
         file = self.site.blobs.staging(f"save-{self.operation.id}")
         self.site.overlays.finish(overlay_id, file, self.running.progress)
 
-    def undo(self) -> None:
-        self.site.overlays.reject(self.operation.resources["overlay"], FailedError("it could not be saved"))
-
 
 class Suspend(Save):
     """Write the machine to a file of the site; it stays paused."""
@@ -169,28 +168,33 @@ class Suspend(Save):
     step = "suspend"
 
     def do(self) -> None:
+        if self.instance().state is InstanceState.SUSPENDED:
+            return  # by an operation before this one
         if not (target := self._target()).exists():
             target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._save(target, stay=True)
 
     def undo(self) -> None:
-        super().undo()
-        with suppress(ConflictError, FailedError):
+        """Let it run again. The file is all there is of a machine that has ended, and stays."""
+        if self.instance().state is InstanceState.SUSPENDED or not self.site.keeping.keepers.lives(
+            self.instance_id
+        ):
+            return
+        if not self.was_paused:
             self.site.keeping.keepers.ask(self.instance_id, "resume")
-        with suppress(NotFoundError):
-            self.become(InstanceState.ACTIVE)
+        super().undo()
 
     def _target(self) -> Path:
         return self.site.instances.suspended_file(self.instance_id)
 
 
 class Suspended(Stop):
-    """End the machine; its file is what is left of it."""
+    """End the machine; its file is what is left of it. From here on there is no way back."""
 
     step = "stop"
 
     def do(self) -> None:
-        self.become(InstanceState.SUSPENDED, "suspended", endpoints=[])
+        self.become(InstanceState.SUSPENDED, "suspended", endpoints=[], expires_at=None, warned=False)
         super().do()
 
 
@@ -217,10 +221,6 @@ class Resumed(Synthesise):
     def do(self) -> None:
         super().do()
         self.site.instances.suspended_file(self.instance_id).unlink(missing_ok=True)
-
-    def undo(self) -> None:
-        with suppress(NotFoundError):
-            self.become(InstanceState.SUSPENDED, endpoints=[])
 
 
 class Fetch(Step):
@@ -250,19 +250,61 @@ class ImportBase(Step):
     def do(self) -> None:
         self.site.bases.unpack(self.operation.resources["base"], self.running.progress)
 
-    def undo(self) -> None:
-        self.site.bases.reject(self.operation.resources["base"], FailedError("it could not be imported"))
+
+def _instance_failed(running: Running, error: CloudletError) -> None:
+    """An instance that did not come to be, or not again."""
+
+    def note(connection: Connection) -> None:
+        with suppress(NotFoundError):  # it was deleted meanwhile
+            before = INSTANCES.get(connection, running.instance_id, lock=True)
+            if before.state in (InstanceState.DELETING, InstanceState.FAILED):
+                return
+            failed: dict[str, Any] = {"state": InstanceState.FAILED, "error": describe(error)}
+            after = INSTANCES.update(connection, before.id, endpoints=[], **failed)
+            journal.emit(connection, "instance", "failed", after, error=after.error)
+
+    running.site.database.write(note)
+
+
+def _still_suspended(running: Running, error: CloudletError) -> None:
+    """An instance that could not be resumed: its file is still there."""
+
+    def note(connection: Connection) -> None:
+        with suppress(NotFoundError, ConflictError):
+            changes: dict[str, Any] = {
+                "state": InstanceState.SUSPENDED,
+                "endpoints": [],
+                "error": describe(error),
+            }
+            changed = (InstanceState.SYNTHESISING, InstanceState.ACTIVE)
+            where = {"state": changed}
+            after = INSTANCES.update(connection, running.instance_id, where=where, **changes)
+            journal.emit(connection, "instance", "suspended", after, error=after.error)
+
+    running.site.database.write(note)
+
+
+def _overlay_rejected(running: Running, error: CloudletError) -> None:
+    running.site.overlays.reject(running.operation.resources["overlay"], error)
+
+
+def _not_fetched(running: Running, error: CloudletError) -> None:
+    running.site.overlays.not_fetched(running.operation.resources["overlay"], error)
+
+
+def _base_rejected(running: Running, error: CloudletError) -> None:
+    running.site.bases.reject(running.operation.resources["base"], error)
 
 
 FLOWS: dict[str, Flow] = {
-    "instance.create": (Start, Synthesise),
-    "instance.restart": (Start, Synthesise),
-    "instance.delete": (Stop, Forget),
-    "instance.save": (Save, Keep),
-    "instance.suspend": (Suspend, Suspended),
-    "instance.resume": (Resume, Resumed),
-    "base.import": (ImportBase,),
-    "app.prestage": (Fetch,),
+    "instance.create": Flow((Start, Synthesise), _instance_failed),
+    "instance.restart": Flow((Start, Synthesise), _instance_failed),
+    "instance.delete": Flow((Stop, Forget), can_be_cancelled=False),
+    "instance.save": Flow((Save, Keep), _overlay_rejected),
+    "instance.suspend": Flow((Suspend, Suspended)),
+    "instance.resume": Flow((Resume, Resumed), _still_suspended),
+    "base.import": Flow((ImportBase,), _base_rejected),
+    "app.prestage": Flow((Fetch,), _not_fetched),
 }
 
 

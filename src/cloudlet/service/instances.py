@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Connection
 
-from cloudlet.errors import ConflictError, NotFoundError, UsageError
+from cloudlet.errors import CloudletError, ConflictError, NotFoundError, UsageError
 from cloudlet.keeper.order import Order
 from cloudlet.model import PublishedPort
 from cloudlet.overlay.root import Root
@@ -39,8 +39,9 @@ from cloudlet.store.rows import (
 if TYPE_CHECKING:
     from cloudlet.service.site import ServedSite
 
+_ASK_SECONDS = 10.0
+"""Longest wait for a keeper that is to do what takes no time."""
 _RUNNING = (InstanceState.ACTIVE, InstanceState.PAUSED)
-_ENDS = (InstanceState.DELETING,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,24 +139,25 @@ class Instances:
 
     def pause(self, instance: Instance) -> Instance:
         """Stop the machine's CPUs."""
-        after = self._change(instance, InstanceState.ACTIVE, InstanceState.PAUSED, "paused")
-        self._site.keeping.keepers.ask(instance.id, "pause")
-        return after
+        return self._change(instance, InstanceState.ACTIVE, InstanceState.PAUSED, "paused", "pause")
 
     def resume(self, instance: Instance) -> Instance | Operation:
         """Let it run again: at once if it is paused, by an operation if it is suspended."""
         if instance.state is InstanceState.SUSPENDED:
             return self._resume_suspended(instance)
-        after = self._change(instance, InstanceState.PAUSED, InstanceState.ACTIVE, "resumed")
-        self._site.keeping.keepers.ask(instance.id, "resume")
-        return after
+        return self._change(instance, InstanceState.PAUSED, InstanceState.ACTIVE, "resumed", "resume")
 
     def suspend(self, instance: Instance) -> Operation:
         """Write the machine to a file and end it."""
 
         def begin(connection: Connection) -> Operation:
-            INSTANCES.update(connection, instance.id, where={"state": _RUNNING}, endpoints=[])
-            return self._begin(connection, "instance.suspend", instance)
+            before = INSTANCES.get(connection, instance.id, lock=True)
+            if before.state not in _RUNNING:
+                raise ConflictError(
+                    f"instance {instance.id} is {before.state}", hint="wait until it is active"
+                )
+            paused = before.state is InstanceState.PAUSED
+            return self._begin(connection, "instance.suspend", instance, input_={"paused": paused})
 
         return self._submit(begin)
 
@@ -177,12 +179,17 @@ class Instances:
         return self._submit(begin)
 
     def delete(self, instance: Instance) -> Operation:
-        """End the machine and forget the instance; what is being done with it is cancelled."""
+        """End the machine and forget the instance; what is being done with it is cancelled.
+
+        Who asks again is told of the same operation.
+        """
 
         def begin(connection: Connection) -> Operation:
             before = INSTANCES.get(connection, instance.id, lock=True)
-            if before.state in _ENDS:
-                raise ConflictError(f"instance {instance.id} is {before.state}")
+            if before.state is InstanceState.DELETING and (
+                begun := self._site.work.open_on(connection, instance.id)
+            ):
+                return begun[-1]
             after = INSTANCES.update(connection, instance.id, state=InstanceState.DELETING, endpoints=[])
             journal.emit(connection, "instance", "deleting", after)
             return self._begin(connection, "instance.delete", instance)
@@ -288,19 +295,38 @@ class Instances:
         return self._submit(begin)
 
     def _change(
-        self, instance: Instance, before: InstanceState, state: InstanceState, event: str
+        self, instance: Instance, before: InstanceState, state: InstanceState, event: str, ask: str
     ) -> Instance:
+        """Change the state, and have the keeper do it; if it cannot, the state is as before."""
+
         def change(connection: Connection) -> Instance:
             after = INSTANCES.update(connection, instance.id, where={"state": before}, state=state)
             journal.emit(connection, "instance", event, after)
             return after
 
-        return self._site.database.write(change)
+        after = self._site.database.write(change)
+        try:
+            self._site.keeping.keepers.ask(instance.id, ask, timeout=_ASK_SECONDS)
+        except CloudletError:
+            with suppress(CloudletError):
+                self._site.database.write(
+                    lambda connection: INSTANCES.update(
+                        connection, instance.id, where={"state": state}, state=before
+                    )
+                )
+            raise
+        return after
 
     def _begin(
-        self, connection: Connection, kind: str, instance: Instance, request_id: str = "", **more: str
+        self,
+        connection: Connection,
+        kind: str,
+        instance: Instance,
+        request_id: str = "",
+        input_: Mapping[str, Any] | None = None,
+        **more: str,
     ) -> Operation:
-        begun = operation(kind, instance, {"instance": instance.id, **more})
+        begun = operation(kind, instance, {"instance": instance.id, **more}, **(input_ or {}))
         return self._site.work.add(connection, replace(begun, request_id=request_id))
 
     def _submit(self, begin: Any) -> Operation:

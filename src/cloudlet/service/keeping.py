@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from oslo_log import log
 from sqlalchemy.engine import Connection
 
-from cloudlet.errors import ConflictError, FailedError, NotFoundError
+from cloudlet.errors import CloudletError, ConflictError, FailedError, NotFoundError
 from cloudlet.keeper.handle import Keepers
 from cloudlet.keeper.order import KeeperState, Status, describe
 from cloudlet.store import journal
@@ -84,6 +84,12 @@ class Keeping:
         # What a keeper that was killed left.
         self._site.machine.hypervisor.reap()
 
+    def look_again(self, instance_id: str) -> None:
+        """An instance has just been said to run: whether its machine has ended before that."""
+        status = self._statuses.get(instance_id)
+        if status and status.state is KeeperState.ENDED:
+            self._told(instance_id, status)
+
     def adopt(self) -> None:
         """At the start: find the keepers that live, end those nobody knows, note what became of others."""
         self.keepers.warm()
@@ -100,7 +106,10 @@ class Keeping:
         known, busy = self._site.database.read(read)
         for orphan in found - known.keys():
             LOG.warning("instance %s is in no row: its machine is ended", orphan)
-            self.end(orphan)
+            try:
+                self.end(orphan)
+            except CloudletError as error:
+                LOG.error("%s", error)
         for instance in known.values():
             if instance.state in _RUNNING and instance.id not in found and instance.id not in busy:
                 self._ended(instance, describe(FailedError("its machine was gone when the site started")))
@@ -117,21 +126,25 @@ class Keeping:
             if status.state is KeeperState.ENDED:
                 self._machine_ended(instance_id, status)
             elif status.state is KeeperState.READY:
-                self._site.database.write(lambda connection: self._note(connection, instance_id, status))
+                self._note(instance_id, status)
         except NotFoundError:
             pass  # it was deleted meanwhile
         except Exception:
             LOG.exception("what became of instance %s could not be noted", instance_id)
 
-    def _note(self, connection: Connection, instance_id: str, status: Status) -> None:
+    def _note(self, instance_id: str, status: Status) -> None:
         """Have the row say what the keeper says, where that may change by itself."""
-        instance = INSTANCES.get(connection, instance_id)
-        if instance.state in _RUNNING and dict(instance.timings) != dict(status.timings):
-            INSTANCES.update(connection, instance_id, timings=dict(status.timings))
+        timings = dict(status.timings)
+        instance = self._site.database.read(lambda connection: INSTANCES.get(connection, instance_id))
+        if instance.state in _RUNNING and dict(instance.timings) != timings:
+            self._site.database.write(
+                lambda connection: INSTANCES.update(connection, instance_id, timings=timings)
+            )
 
     def _machine_ended(self, instance_id: str, status: Status) -> None:
         instance = self._site.database.read(lambda connection: INSTANCES.get(connection, instance_id))
-        if instance.state in _RUNNING and not status.told:
+        # What the site itself ends has another state before.
+        if instance.state in _RUNNING:
             self._ended(instance, dict(status.error or describe(FailedError("it ended by itself"))))
 
     def _ended(self, instance: Instance, error: dict[str, str]) -> None:

@@ -9,12 +9,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from oslo_log import log
 
 from cloudlet.store import journal
 from cloudlet.store.database import Database
 from cloudlet.store.journal import Event
 
+LOG = log.getLogger(__name__)
 _REMEMBERED = 10_000
 _BATCH = 1000
 _OTHERS_SECONDS = 1.0
@@ -31,7 +35,8 @@ class News:
         self._events: deque[Event] = deque(maxlen=_REMEMBERED)
         self._before = self._last
         """The number before the first event that is remembered."""
-        self._operations: dict[str, int] = {}
+        self._operations: dict[str, tuple[int, int]] = {}
+        """Who waits for an operation, and how often it has changed meanwhile."""
         self._written = threading.Event()
         self._closed = False
         database.when_committed(self._written.set)
@@ -76,24 +81,36 @@ class News:
         """Wake those who wait for an operation."""
         with self._changed:
             if operation_id in self._operations:
-                self._operations[operation_id] += 1
+                waiters, changes = self._operations[operation_id]
+                self._operations[operation_id] = waiters, changes + 1
                 self._changed.notify_all()
 
     def wait_operation(self, operation_id: str, timeout: float, ended: Callable[[], bool]) -> None:
         """Wait until ``ended``, asked again whenever the operation changes, at most for so many seconds."""
         deadline = time.monotonic() + timeout
-        with self._changed:
-            seen = self._operations.setdefault(operation_id, 0)
-        while not ended():
-            with self._changed:
-                left = deadline - time.monotonic()
-                known = self._operations.get(operation_id, 0)
-                if left <= 0 or self._closed:
+        with self._watching(operation_id):
+            while not self._closed:
+                seen = self._operations[operation_id][1]
+                if ended() or (left := deadline - time.monotonic()) <= 0:
                     return
-                if known == seen:
-                    # Another process of this site may be at work on it.
-                    self._changed.wait(min(left, _OTHERS_SECONDS))
-                seen = self._operations.get(operation_id, 0)
+                with self._changed:
+                    if self._operations[operation_id][1] == seen:
+                        # Another process of this site may be at work on it.
+                        self._changed.wait(min(left, _OTHERS_SECONDS))
+
+    @contextmanager
+    def _watching(self, operation_id: str) -> Iterator[None]:
+        """Have the changes of an operation counted."""
+        with self._changed:
+            waiters, changes = self._operations.get(operation_id, (0, 0))
+            self._operations[operation_id] = waiters + 1, changes
+        try:
+            yield
+        finally:
+            with self._changed:
+                waiters, changes = self._operations.pop(operation_id)
+                if waiters > 1:
+                    self._operations[operation_id] = waiters - 1, changes
 
     def close(self) -> None:
         """Send all waiters home."""
@@ -114,11 +131,19 @@ class News:
         while not self._closed:
             self._written.wait(_OTHERS_SECONDS)
             self._written.clear()
-            while new := self._database.read(lambda connection: journal.read(connection, self._last, _BATCH)):
-                with self._changed:
-                    for event in new:
-                        if len(self._events) == _REMEMBERED:
-                            self._before = self._events[0].number
-                        self._events.append(event)
-                    self._last = new[-1].number
-                    self._changed.notify_all()
+            try:
+                self._read()
+            except Exception:
+                LOG.exception("events could not be read")
+                time.sleep(_OTHERS_SECONDS)
+
+    def _read(self) -> None:
+        """Take in what is new."""
+        while new := self._database.read(lambda connection: journal.read(connection, self._last, _BATCH)):
+            with self._changed:
+                for event in new:
+                    if len(self._events) == _REMEMBERED:
+                        self._before = self._events[0].number
+                    self._events.append(event)
+                self._last = new[-1].number
+                self._changed.notify_all()

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Connection
 
-from cloudlet.errors import CloudletError, ConflictError, FailedError, TooLargeError, UnreachableError
+from cloudlet.errors import (
+    CloudletError,
+    ConflictError,
+    FailedError,
+    IntegrityError,
+    TooLargeError,
+    UnreachableError,
+)
 from cloudlet.keeper.order import Order, describe
 from cloudlet.model import format_bytes
 from cloudlet.overlay.apply import verify_only
@@ -26,7 +33,16 @@ from cloudlet.service.work import operation
 from cloudlet.store import journal
 from cloudlet.store.blobs import digest_of
 from cloudlet.store.retries import Remember, forget
-from cloudlet.store.rows import INSTANCES, OVERLAYS, FileState, Operation, Overlay
+from cloudlet.store.rows import (
+    INSTANCES,
+    OPERATIONS,
+    OVERLAYS,
+    App,
+    FileState,
+    Operation,
+    OperationState,
+    Overlay,
+)
 from cloudlet.transfer.source import open_source
 
 if TYPE_CHECKING:
@@ -83,9 +99,12 @@ class Overlays:
             file = self._uploads.take(overlay.id, body, offset, length)
             try:
                 return self.finish(overlay.id, file)
-            except CloudletError as error:
+            except IntegrityError as error:
                 self.reject(overlay.id, error)
                 file.unlink(missing_ok=True)
+                raise
+            except Exception:
+                self._become(overlay.id, FileState.UPLOADING)
                 raise
 
     def finish(self, overlay_id: str, file: Path, progress: Progress | None = None) -> Overlay:
@@ -93,25 +112,26 @@ class Overlays:
 
         :raises IntegrityError: it is not an overlay that may run here.
         """
-        overlay = self._site.database.write(
-            lambda connection: OVERLAYS.update(connection, overlay_id, state=FileState.VERIFYING)
-        )
+        overlay = self._become(overlay_id, FileState.VERIFYING)
         if file.exists():
             root, identity, signed_by = self._verified(file, progress)
             size, digest = file.stat().st_size, digest_of(file)
+            # Before the file has its name: a crash in between leaves a row that knows it.
+            self._become(
+                overlay_id,
+                FileState.VERIFYING,
+                size=size,
+                digest=digest,
+                identity=identity,
+                base_identity=root.base,
+                description={**_described(root), "signed_by": signed_by},
+            )
             self._site.blobs.adopt(file, digest, f"overlay:{overlay_id}", kept=overlay.url is None)
-            description = {**_described(root), "signed_by": signed_by}
-            changes: dict[str, Any] = {
-                "size": size, "digest": digest, "identity": identity, "base_identity": root.base,
-                "description": description,
-            }  # fmt: skip
-        elif overlay.digest:
-            changes = {}  # a crash came between
-        else:
+        elif not (overlay.digest and self._site.blobs.path(overlay.digest)):
             raise FailedError("the bytes of the overlay have gone", hint="upload it again")
 
         def note(connection: Connection) -> Overlay:
-            done = OVERLAYS.update(connection, overlay_id, state=FileState.ACTIVE, error=None, **changes)
+            done = OVERLAYS.update(connection, overlay_id, state=FileState.ACTIVE, error=None)
             journal.emit(connection, "overlay", "active", done, name=done.name, size=done.size)
             return done
 
@@ -125,6 +145,26 @@ class Overlays:
             journal.emit(connection, "overlay", "rejected", done, name=done.name, error=done.error)
 
         self._site.database.write(note)
+
+    def not_fetched(self, overlay_id: str, error: CloudletError) -> None:
+        """Say that the bytes of an overlay did not come; they may be asked for again."""
+        self._become(overlay_id, FileState.QUEUED, error=describe(error))
+
+    def find_left(self) -> None:
+        """At the start: what was being verified when the site was killed can be sent on, or is whole."""
+
+        def read(connection: Connection) -> tuple[list[Overlay], set[str]]:
+            states = (OperationState.PENDING, OperationState.RUNNING)
+            busy = {one.resources.get("overlay", "") for one in OPERATIONS.list(connection, state=states)}
+            return OVERLAYS.list(connection, state=FileState.VERIFYING), busy
+
+        left, busy = self._site.database.read(read)
+        for overlay in left:
+            if overlay.id in busy:
+                continue
+            whole = overlay.digest and self._site.blobs.path(overlay.digest)
+            here = FileState.UPLOADING if self.received(overlay) else FileState.QUEUED
+            self._become(overlay.id, FileState.ACTIVE if whole else here)
 
     def delete(self, overlay: Overlay) -> None:
         """Remove an overlay and its bytes.
@@ -153,14 +193,16 @@ class Overlays:
             return replace(order, source=overlay.url)
         raise ConflictError(f"overlay {overlay_id} is {overlay.state}", hint="upload its bytes first")
 
-    def prestage(self, connection: Connection, overlay: Overlay) -> Operation:
+    def prestage(self, connection: Connection, overlay: Overlay, owner: App) -> Operation:
         """Have an overlay brought here before it is needed; submit the operation when it is committed.
 
         :raises ConflictError: its bytes are neither here nor anywhere else.
         """
         if overlay.state is not FileState.ACTIVE and not overlay.url:
             raise ConflictError(f"overlay {overlay.id} is {overlay.state}", hint="upload its bytes first")
-        return self._site.work.add(connection, operation("app.prestage", overlay, {"overlay": overlay.id}))
+        return self._site.work.add(
+            connection, operation("app.prestage", owner, {"overlay": overlay.id, "app": owner.id})
+        )
 
     def peek(self, url: str) -> tuple[Root, str]:
         """The root and the identity of the overlay at a URL or path, verified; no more than its head is read.
@@ -174,6 +216,11 @@ class Overlays:
                 return reader.root, reader.identity
         except FailedError as error:
             raise UnreachableError(error.message, hint=error.hint) from error
+
+    def _become(self, overlay_id: str, state: FileState, **changes: Any) -> Overlay:
+        return self._site.database.write(
+            lambda connection: OVERLAYS.update(connection, overlay_id, state=state, **changes)
+        )
 
     def _verified(self, file: Path, progress: Progress | None) -> tuple[Root, str, str | None]:
         with file.open("rb") as stream:

@@ -63,6 +63,8 @@ class ServedSite:
         site = cls(options, machine, database, observe)
         site.blobs.reap()
         site.bases.find_new()
+        site.bases.find_left()
+        site.overlays.find_left()
         site.keeping.adopt()
         if left := site.work.resume():
             LOG.info("going on with %d operations of the last process", len(left))

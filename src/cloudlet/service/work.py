@@ -14,12 +14,12 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from oslo_log import log
 from sqlalchemy.engine import Connection
-from taskflow import task
+from taskflow import states, task
 from taskflow.engines.action_engine.engine import SerialActionEngine
 from taskflow.exceptions import WrappedFailure
 from taskflow.patterns import linear_flow
@@ -54,6 +54,8 @@ class Running:
         self.cancelled = threading.Event()
         if operation.cancelled:
             self.cancelled.set()
+        self.problem: BaseException | None = None
+        """Why a step failed."""
         self._observe = observe
         self._steps = [dict(step) for step in operation.steps]
         self._noted = 0.0
@@ -90,6 +92,11 @@ class Running:
             entry["seconds"] = round(seconds, 3)
         self._note()
 
+    def undone(self, name: str) -> None:
+        """Note that a step was undone; one that failed stays as that."""
+        if next(step for step in self._steps if step["name"] == name)["state"] != OperationState.FAILED:
+            self.step(name, OperationState.CANCELLED)
+
     def _note(self) -> None:
         self._noted = time.monotonic()
         steps = [dict(step) for step in self._steps]
@@ -125,7 +132,8 @@ class Step(task.Task):  # type: ignore[misc]
         self.running.step(self.step, OperationState.RUNNING)
         try:
             self.do()
-        except BaseException:
+        except BaseException as error:
+            self.running.problem = error
             self.running.step(self.step, OperationState.FAILED, time.monotonic() - began)
             raise
         self.running.step(self.step, OperationState.SUCCEEDED, time.monotonic() - began)
@@ -133,10 +141,27 @@ class Step(task.Task):  # type: ignore[misc]
     def revert(self, *_: Any, **__: Any) -> None:
         """What TaskFlow calls when this step, or a later one, failed."""
         self.undo()
-        self.running.step(self.step, OperationState.CANCELLED)
+        self.running.undone(self.step)
 
 
-Flow = tuple[type[Step], ...]
+def _nothing(_: Running, __: CloudletError) -> None:
+    """There is nothing to say."""
+
+
+GaveUp = Callable[[Running, CloudletError], None]
+"""Says in the rows that an operation came to nothing, and why; can be done again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What an operation of a kind consists of."""
+
+    steps: tuple[type[Step], ...]
+    gave_up: GaveUp = _nothing
+    """Called when all that was done is undone, whichever step it was that failed."""
+    can_be_cancelled: bool = True
+
+
 Observer = Callable[[str, str, OperationState], None]
 """Told, before it is written, of a kind of operation, a step, and what became of that."""
 
@@ -167,7 +192,7 @@ class Work:
                 "bytes_done": None,
                 "bytes_total": None,
             }
-            for step in self._flows[operation.kind]
+            for step in self._flows[operation.kind].steps
         ]
         return OPERATIONS.insert(connection, replace(operation, steps=steps))
 
@@ -194,6 +219,8 @@ class Work:
             operation = OPERATIONS.get(connection, operation_id, lock=True)
             if operation.state.ended:
                 raise ConflictError(f"operation {operation_id} is {operation.state}")
+            if not self._flows[operation.kind].can_be_cancelled:
+                raise ConflictError(f"what is being done by {operation.kind} cannot be taken back")
             return OPERATIONS.update(connection, operation_id, cancelled=True)
 
         operation = self._site.database.write(note)
@@ -203,12 +230,15 @@ class Work:
         self._site.keeping.wake()
         return operation
 
+    def open_on(self, connection: Connection, instance_id: str) -> list[Operation]:
+        """What is being done with an instance, or is about to be, in order."""
+        found = OPERATIONS.list(connection, state=_OPEN)
+        return [one for one in found if one.resources.get("instance") == instance_id]
+
     def cancel_others(self, instance_id: str, besides: str) -> None:
         """Cancel what is being done with an instance, or is about to be."""
-        states = (OperationState.PENDING, OperationState.RUNNING)
-        open_ = self._site.database.read(lambda connection: OPERATIONS.list(connection, state=states))
-        for other in open_:
-            if other.id != besides and other.resources.get("instance") == instance_id:
+        for other in self._site.database.read(lambda connection: self.open_on(connection, instance_id)):
+            if other.id != besides:
                 with suppress(ConflictError):
                     self.cancel(other.id)
 
@@ -219,17 +249,22 @@ class Work:
 
     def _run(self, operation_id: str) -> None:
         try:
-            operation = self._site.database.write(
-                lambda connection: OPERATIONS.update(
-                    connection, operation_id, where={"state": _OPEN}, state=OperationState.RUNNING
-                )
-            )
-            with self._alone(operation.resources.get("instance", operation_id)):
-                self._run_alone(operation)
+            operation = self._site.database.read(lambda connection: OPERATIONS.get(connection, operation_id))
+            with self._alone(_what(operation)):
+                self._run_alone(operation_id)
         except Exception:
             LOG.exception("operation %s could not be worked on", operation_id)
 
-    def _run_alone(self, operation: Operation) -> None:
+    def _run_alone(self, operation_id: str) -> None:
+        running_now = {"state": OperationState.RUNNING}
+        try:
+            operation = self._site.database.write(
+                lambda connection: OPERATIONS.update(
+                    connection, operation_id, where={"state": _OPEN}, **running_now
+                )
+            )
+        except ConflictError:
+            return  # it was submitted twice, and has ended
         running = Running(self._site, operation, self._observe)
         with self._lock:
             self._running[operation.id] = running
@@ -240,8 +275,11 @@ class Work:
         finally:
             with self._lock:
                 del self._running[operation.id]
-        if not self._closed:
-            self._end(operation, state, error)
+        if self._closed:
+            return
+        if state is not OperationState.SUCCEEDED:
+            self._flows[operation.kind].gave_up(running, error or CancelledError("cancelled by request"))
+        self._end(operation, state, describe(error) if error else None)
 
     def _is_cancelled(self, operation: Operation) -> bool:
         return self._site.database.read(lambda connection: OPERATIONS.get(connection, operation.id)).cancelled
@@ -263,11 +301,17 @@ class Work:
                 else:
                     del self._locks[what]
 
-    def _do(self, running: Running) -> tuple[OperationState, dict[str, str] | None]:
+    def _do(self, running: Running) -> tuple[OperationState, CloudletError | None]:
         operation = running.operation
         flow = linear_flow.Flow(operation.kind)
-        flow.add(*(step(running) for step in self._flows[operation.kind]))
+        flow.add(*(step(running) for step in self._flows[operation.kind].steps))
         book = self._book(operation)
+        if next(iter(book)).state == states.REVERTED:  # by a process that was killed before it could say so
+            if running.cancelled.is_set():
+                return OperationState.CANCELLED, None
+            return OperationState.FAILED, FailedError(
+                "it failed, and was undone, before the site was started again"
+            )
         # By its class: by its name it would be looked for among all that is installed, each time.
         engine = SerialActionEngine(flow, next(iter(book)), self._backend, {})
         try:
@@ -275,15 +319,15 @@ class Work:
         except CancelledError:
             return OperationState.CANCELLED, None
         except CloudletError as error:
-            return OperationState.FAILED, describe(error)
+            return OperationState.FAILED, error
         except (OSError, MemoryError) as error:
-            return OperationState.FAILED, describe(of_the_system(error))
+            return OperationState.FAILED, of_the_system(error)
         except WrappedFailure as failures:
             said = "; ".join(failure.exception_str for failure in failures)
-            return OperationState.FAILED, describe(FailedError(said))
+            return OperationState.FAILED, FailedError(said)
         except Exception as error:
             LOG.error("a defect in %s: %s", operation.kind, traceback.format_exc())
-            return OperationState.FAILED, describe(FailedError(f"a defect: {type(error).__name__}: {error}"))
+            return OperationState.FAILED, FailedError(f"a defect: {type(error).__name__}: {error}")
         return OperationState.SUCCEEDED, None
 
     def _book(self, operation: Operation) -> models.LogBook:
@@ -305,8 +349,16 @@ class Work:
 
         self._site.database.write(note)
         self._site.news.operation_changed(operation.id)
-        with suppress(Exception):  # of no use any more; a later start removes what stays
+        with suppress(Exception):  # of no use any more
             self._backend.get_connection().destroy_logbook(operation.id)
+
+
+def _what(operation: Operation) -> str:
+    """What an operation must be alone with."""
+    resources = operation.resources
+    return next(
+        (resources[noun] for noun in ("instance", "overlay", "base") if noun in resources), operation.id
+    )
 
 
 _OPEN = (OperationState.PENDING, OperationState.RUNNING)

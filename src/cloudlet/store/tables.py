@@ -1,4 +1,4 @@
-"""The tables of a site, and nothing of what they mean: the records that fill them stand in ``records.py``.
+"""The tables of a site, and nothing of what they mean: the records that fill them stand in ``rows.py``.
 
 Times are UTC; sizes are bytes; what has a shape of its own and is never searched is JSON.
 """

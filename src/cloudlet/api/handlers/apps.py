@@ -51,9 +51,8 @@ def update(call: Call, app: App, body: AppUpdateBody) -> AppBody:
     """Change an app; what runs of it stays as it is."""
     _see_overlays(call, body.app.components or ())
     changes = body.app.model_dump(mode="json", include=body.app.model_fields_set)
-    public = changes.pop("public", app.public)
-    descriptor = {**app.descriptor, **changes}
-    return AppBody(app=AppView.of(call.site.apps.update(app, public=bool(public), descriptor=descriptor)))
+    public = changes.pop("public", None)
+    return AppBody(app=AppView.of(call.site.apps.update(app, public, changes)))
 
 
 def delete(call: Call, app: App) -> None:

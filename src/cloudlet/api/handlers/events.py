@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ def list(call: Call, query: EventsQuery) -> EventsBody | Stream:  # noqa: A001 (
     wanted = _wanted(call, query)
     if EVENT_STREAM in call.headers.get("HTTP_ACCEPT", ""):
         last = call.headers.get("HTTP_LAST_EVENT_ID", "")
-        return _stream(call, int(last) if last.isascii() and last.isdecimal() else after, wanted)
+        return _stream(call, int(last) if re.fullmatch("[0-9]{1,18}", last) else after, wanted)
     found, last_number = _next(call, after, wanted, query.limit, 0)
     if query.wait and not found:
         with call.waiters.one():

@@ -167,7 +167,7 @@ class InstanceUpdateBody(Incoming):
 class InstancesQuery(ListQuery):
     """Which instances."""
 
-    SORTED_BY: ClassVar[tuple[str, ...]] = ("created_at", "updated_at", "name", "state", "expires_at")
+    SORTED_BY: ClassVar[tuple[str, ...]] = ("created_at", "updated_at", "name", "state")
 
     name: str | None = Field(None, max_length=255)
     state: InstanceState | None = None

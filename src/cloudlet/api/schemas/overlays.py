@@ -80,7 +80,7 @@ class OverlayCreateBody(Incoming):
 class OverlaysQuery(ListQuery):
     """Which overlays."""
 
-    SORTED_BY: ClassVar[tuple[str, ...]] = ("created_at", "updated_at", "name", "size")
+    SORTED_BY: ClassVar[tuple[str, ...]] = ("created_at", "updated_at", "name")
 
     name: str | None = Field(None, max_length=255)
     state: FileState | None = None

@@ -1,0 +1,148 @@
+"""What becomes of an instance when something goes wrong on its way from one state to the next."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+from cloudlet.hypervisor.records import records
+from cloudlet.service.options import Options
+from cloudlet.store.rows import INSTANCES, InstanceState
+from tests.service.conftest import Caller, Made, Running, end_all, nothing_runs, serving
+from tests.service.test_everyday import ask, count
+
+
+def test_who_suspends_twice_loses_nothing(call: Caller, made: Made) -> None:
+    instance = call.start(call.publish(made.overlay))
+    path = f"/v1/instances/{instance['id']}"
+    before = count(instance)
+    first, second = call.post(f"{path}/suspend"), call.post(f"{path}/suspend")
+    cancelled = call("DELETE", f"/v1/operations/{second['operation']['id']}")
+    assert cancelled.status_code in (202, 409)
+    call.ended(first["operation"])
+    call.ended(second["operation"])
+    assert call.instance(instance["id"])["state"] == "suspended"
+    call.done(call.post(f"{path}/resume"))
+    assert count(call.instance(instance["id"])) == before + 1
+
+
+def test_a_suspend_that_fails_changes_nothing(call: Caller, made: Made, running: Running) -> None:
+    instance = call.start(call.publish(made.overlay))
+    # A folder in the place of the file: nothing can be written there.
+    running.site.instances.suspended_file(instance["id"]).mkdir(parents=True)
+    (running.site.instances.suspended_file(instance["id"]) / "x").touch()
+    ended = call.ended(call.post(f"/v1/instances/{instance['id']}/suspend")["operation"])
+    (running.site.instances.suspended_file(instance["id"]) / "x").unlink()
+    running.site.instances.suspended_file(instance["id"]).rmdir()
+    after = call.instance(instance["id"])
+    assert ended["state"] in ("failed", "succeeded")
+    if ended["state"] == "failed":
+        assert (after["state"], after["endpoints"]) == ("active", instance["endpoints"])
+        assert ask(instance["endpoints"][0]["url"]) == b"hello\n"
+
+
+def test_a_first_step_that_fails_says_why(call: Caller, made: Made, running: Running) -> None:
+    app = call.publish(made.overlay)
+    blocked = running.site.options.machine.keepers_dir
+    running.site.keeping.keepers._folder = blocked / "file"
+    blocked.mkdir(parents=True, exist_ok=True)
+    (blocked / "file").touch()
+    answer = call.post("/v1/instances", {"instance": {"app_id": app["id"]}})
+    ended = call.ended(answer["operation"])
+    running.site.keeping.keepers._folder = blocked
+    (blocked / "file").unlink()
+    assert [step["state"] for step in ended["steps"]] == ["failed", "pending"]
+    failed = call.instance(answer["operation"]["resources"]["instance"])
+    assert failed["state"] == "failed"
+    assert failed["error"]["detail"]
+    assert call.get("/v1/cloudlets/self")["cloudlet"]["used"]["instances"] == 0
+
+
+def test_a_delete_is_not_taken_back_and_may_be_asked_for_again(call: Caller, made: Made) -> None:
+    instance = call.start(call.publish(made.overlay))
+    path = f"/v1/instances/{instance['id']}"
+    first = call.delete(path)["operation"]
+    again = call("DELETE", path)
+    assert again.status_code in (202, 404)
+    if again.status_code == 202:
+        assert again.json()["operation"]["id"] == first["id"]
+    assert call("DELETE", f"/v1/operations/{first['id']}").status_code == 409
+    assert call.ended(first)["state"] == "succeeded"
+
+
+def test_keepers_that_the_system_ended_are_noticed(options: Options, made: Made) -> None:
+    """As at the shutdown of a machine: SIGTERM to all."""
+    with serving(options) as running:
+        instance = running.call.start(running.call.publish(made.overlay))
+        ((_, record),) = records(options.machine.instances_dir)
+    assert record.machine
+    keeper = int(Path(f"/proc/{record.machine.pid}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(keeper, signal.SIGTERM)
+    assert record.machine.wait(10)
+    with serving(options) as running:
+        running.call.wait_event("instance.ended", instance["id"])
+        after = running.call.instance(instance["id"])
+        assert (after["state"], after["endpoints"]) == ("failed", [])
+        running.call.done(running.call.delete(f"/v1/instances/{instance['id']}"))
+    nothing_runs(options.machine)
+
+
+def test_a_restart_that_was_due_is_made_once(options: Options, made: Made) -> None:
+    with serving(options) as running:
+        app = running.call.publish(made.overlay)
+        running.call.patch(f"/v1/apps/{app['id']}", {"app": {"restart": True}})
+        instance = running.call.start(app)
+        ((_, record),) = records(options.machine.instances_dir)
+    assert record.machine
+    os.kill(record.machine.pid, signal.SIGKILL)
+    with serving(options) as running:
+        call = running.call
+        call.wait_event("instance.ended", instance["id"])
+        for operation in call.get("/v1/operations?kind=instance.restart")["operations"]:
+            assert call.ended(operation)["state"] == "succeeded"
+        kinds = [event["kind"] for event in call.events() if event["noun"] == "operation"]
+        assert kinds.count("operation.succeeded") == 2, "of the start and of the restart"
+    end_all(options)
+
+
+def test_the_same_key_for_another_instance_is_another_request(call: Caller, made: Made) -> None:
+    app = call.publish(made.overlay)
+    saved = []
+    for _ in range(2):
+        path = f"/v1/instances/{call.start(app)['id']}/overlay"
+        answer = call("POST", path, {"overlay": {"name": "s"}}, headers={"Idempotency-Key": "k"})
+        saved.append(answer.status_code)
+    assert saved == [202, 409]
+
+
+def test_an_idle_site_writes_nothing(running: Running) -> None:
+    call = running.call
+    call.post("/v1/webhooks", {"webhook": {"url": "http://127.0.0.1:9/", "kinds": ["none"]}})
+    call.post("/v1/overlays", {"overlay": {"name": "o"}})
+    time.sleep(0.5)
+    written = threading.Event()
+    running.site.database.when_committed(written.set)
+    assert not written.wait(1.0), "somebody writes, though nothing happens"
+
+
+def test_a_machine_that_ends_as_it_becomes_active_is_not_missed(running: Running, made: Made) -> None:
+    call = running.call
+    instance = call.start(call.publish(made.overlay))
+    ((_, record),) = records(running.site.options.machine.instances_dir)
+    running.site.database.write(
+        lambda connection: INSTANCES.update(connection, instance["id"], state=InstanceState.SYNTHESISING)
+    )
+    assert record.machine
+    os.kill(record.machine.pid, signal.SIGKILL)
+    for _ in range(400):
+        status = running.site.keeping.status(instance["id"])
+        if status and status.state == "ended":
+            break
+        time.sleep(0.02)
+    active = InstanceState.ACTIVE
+    running.site.database.write(lambda connection: INSTANCES.update(connection, instance["id"], state=active))
+    running.site.keeping.look_again(instance["id"])
+    assert call.instance(instance["id"])["state"] == "failed"

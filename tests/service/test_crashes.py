@@ -21,7 +21,7 @@ from tests.service.crashes import MOMENTS, SCENARIOS, check_after, create, dying
 
 SEED = 20240605
 # All of them are in the soak.
-SAMPLE = random.Random(SEED).sample(MOMENTS, 6)
+SAMPLE = random.Random(SEED).sample(MOMENTS, 4)
 
 
 def test_every_kind_of_operation_is_tried() -> None:
@@ -52,7 +52,7 @@ def test_killed_at_random_moments_under_load(
     options: Options, made: Made, hashed: str, tmp_path: Path
 ) -> None:
     dice = random.Random(SEED)
-    for _ in range(3):
+    for _ in range(2):
         with dying(tmp_path, made, hashed) as (process, call):
             users = [
                 threading.Thread(target=play, args=(create, call.as_("root"), made, options))

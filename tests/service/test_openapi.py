@@ -62,7 +62,7 @@ def test_every_row_is_described(running: Running) -> None:
 
 def test_what_is_answered_is_what_is_documented(running: Running, made: Made, tmp_path: Path) -> None:
     running.call.publish(made.overlay)
-    done = explore(tmp_path, running.call.url, "root", "--phases", "fuzzing", "--max-examples", "4")
+    done = explore(tmp_path, running.call.url, "root", "--phases", "fuzzing", "--max-examples", "3")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-1000:]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -196,9 +196,6 @@ class Running:
 
     site: ServedSite
     call: Caller
-
-
-Serve = Callable[..., Any]
 
 
 @contextmanager

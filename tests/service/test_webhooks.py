@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -111,9 +112,10 @@ def test_what_never_arrives_is_given_up_and_listed(options: Options) -> None:
         call = running.call
         made = call.post("/v1/webhooks", {"webhook": {"url": "http://127.0.0.1:9/"}})["webhook"]
         call.post("/v1/overlays", {"overlay": {"name": "o"}})
-        for _ in range(300):
-            if dead := call.get(f"/v1/webhooks/{made['id']}")["webhook"]["dead"]:
-                break
+        deadline = time.monotonic() + 30
+        while not (dead := call.get(f"/v1/webhooks/{made['id']}")["webhook"]["dead"]):
+            assert time.monotonic() < deadline, "it is not given up"
+            time.sleep(0.05)
         assert [one["attempts"] for one in dead] == [3]
         assert "Connection" in dead[0]["error"]
 

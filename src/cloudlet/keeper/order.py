@@ -64,8 +64,6 @@ class Status:
     start: str = ""
     """How the machine was started: hot, ready, full, or image."""
     renewed: bool = False
-    told: bool = False
-    """Whether it ended because it was told to."""
     error: Mapping[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:

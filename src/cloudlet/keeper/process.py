@@ -74,7 +74,7 @@ class Keeper:
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             Site.abandon(self._settings)
-            tell(state=KeeperState.ENDED, endpoints=(), told=self._asked)
+            tell(state=KeeperState.ENDED, endpoints=())
 
     def told_to_end(self, _number: int = 0, _frame: FrameType | None = None) -> None:
         """SIGTERM's handler: once, and not again while things are being cleaned up."""

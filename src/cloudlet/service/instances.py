@@ -185,11 +185,10 @@ class Instances:
         """
 
         def begin(connection: Connection) -> Operation:
-            before = INSTANCES.get(connection, instance.id, lock=True)
-            if before.state is InstanceState.DELETING and (
-                begun := self._site.work.open_on(connection, instance.id)
-            ):
-                return begun[-1]
+            INSTANCES.get(connection, instance.id, lock=True)  # who deletes it too waits here
+            for begun in self._site.work.open_on(connection, instance.id):
+                if begun.kind == "instance.delete":
+                    return begun
             after = INSTANCES.update(connection, instance.id, state=InstanceState.DELETING, endpoints=[])
             journal.emit(connection, "instance", "deleting", after)
             return self._begin(connection, "instance.delete", instance)

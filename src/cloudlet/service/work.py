@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -54,8 +55,6 @@ class Running:
         self.cancelled = threading.Event()
         if operation.cancelled:
             self.cancelled.set()
-        self.problem: BaseException | None = None
-        """Why a step failed."""
         self._observe = observe
         self._steps = [dict(step) for step in operation.steps]
         self._noted = 0.0
@@ -118,9 +117,9 @@ class Step(task.Task):  # type: ignore[misc]
         self.site = running.site
         self.operation = running.operation
 
+    @abstractmethod
     def do(self) -> None:
         """Do it."""
-        raise NotImplementedError
 
     def undo(self) -> None:
         """Undo it."""
@@ -132,8 +131,7 @@ class Step(task.Task):  # type: ignore[misc]
         self.running.step(self.step, OperationState.RUNNING)
         try:
             self.do()
-        except BaseException as error:
-            self.running.problem = error
+        except BaseException:
             self.running.step(self.step, OperationState.FAILED, time.monotonic() - began)
             raise
         self.running.step(self.step, OperationState.SUCCEEDED, time.monotonic() - began)
@@ -203,8 +201,7 @@ class Work:
 
     def resume(self) -> list[Operation]:
         """Go on with all operations that nobody has ended; at the start of the only process that works."""
-        states = (OperationState.PENDING, OperationState.RUNNING)
-        left = self._site.database.read(lambda connection: OPERATIONS.list(connection, state=states))
+        left = self._site.database.read(lambda connection: OPERATIONS.list(connection, state=_OPEN))
         for operation in left:
             self.submit(operation)
         return left

@@ -24,7 +24,7 @@ test: lint      ## lint, types, layers, and all tests, real QEMU included
 
 unit:           ## the tests that start no QEMU
 	@tools/setup test
-	@$(bin)/pytest -m "not qemu"
+	@$(bin)/pytest -m "not qemu and not slow"
 
 lint:           ## style, types, layers
 	@tools/setup test

@@ -19,6 +19,10 @@ from benchmarks import (
     growth,
     picture,
     report,
+    site,
+    site_polite,
+    site_report,
+    site_steps,
     starts,
     transfers,
 )
@@ -39,6 +43,7 @@ PARTS: dict[str, tuple[Callable[[Lab, Results], None], ...]] = {
         early.curve, early.promised, early.images, early.sizes, early.stalls, early.storm,
         again.second, again.memory_by_way,
     ),
+    "site": (site.throughput, site_steps.taskflow, site.over_http, site_polite.hostile),
 }  # fmt: skip
 RESULTS = CHECKOUT / "docs" / "results"
 
@@ -72,8 +77,9 @@ def main() -> None:
         "seed": seed,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-    rows, early_rows = report.rows(results), report.rows(results, early_report.LINES)
-    print("\n" + report.text([*rows, *early_rows]))
+    rows = report.rows(results)
+    others = [row for lines in (early_report.LINES, site_report.LINES) for row in report.rows(results, lines)]
+    print("\n" + report.text([*rows, *others]))
     if options.json:
         document = {"machine": about, "samples": results.samples, "notes": results.notes}
         options.json.write_text(json.dumps(document, indent=1))
@@ -81,7 +87,7 @@ def main() -> None:
     if options.quick:
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
-    if set(names) >= PARTS.keys() - {"early"}:
+    if set(names) >= PARTS.keys() - {"early", "site"}:
         (RESULTS / "main.md").write_text(report.markdown(rows, about))
         picture.draw(results, RESULTS / "main.png")
         say(f"written: {RESULTS / 'main.md'}, {RESULTS / 'main.png'}")
@@ -89,6 +95,9 @@ def main() -> None:
         (RESULTS / "early.md").write_text(early_report.markdown(results, about))
         picture.draw_early(results, RESULTS / "early.png")
         say(f"written: {RESULTS / 'early.md'}, {RESULTS / 'early.png'}")
+    if "site" in names:
+        (RESULTS / "site.md").write_text(site_report.markdown(results, about))
+        say(f"written: {RESULTS / 'site.md'}")
 
 
 if __name__ == "__main__":

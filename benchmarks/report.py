@@ -19,6 +19,8 @@ from cloudlet.model import MEBIBYTE
 
 _SLACK = 0.15
 """How far apart figures may lie that are called the same."""
+_MET = {True: ("met", "yes"), False: ("MISSED", "**no**"), None: ("", "")}
+"""For a terminal, and for a page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,8 @@ class Row:
     promise: str
     figure: str
     beside: str
-    met: bool
+    met: bool | None
+    """None where nothing is promised."""
 
 
 class MissingError(LookupError):
@@ -57,6 +60,10 @@ class Figures:
         low, high = self._results.range(name)
         many = len(self._results.samples[name])
         return f"{median:.2f} s" + (f" ({low:.2f}-{high:.2f}, {many} runs)" if many > 1 else "")
+
+    def range(self, name: str) -> tuple[float, float]:
+        """The least and the largest."""
+        return self._results.range(name)
 
     def note(self, name: str) -> str:
         return self._results.notes.get(name, "")
@@ -288,8 +295,8 @@ _LINES: tuple[Line, ...] = (
 def text(made: list[Row]) -> str:
     """The table for a terminal."""
     return "\n".join(
-        f"{'met   ' if row.met else 'MISSED'} {row.what}\n"
-        f"       promise: {row.promise}\n       reached: {row.figure}"
+        f"{_MET[row.met][0]:6} {row.what}\n"
+        f"       promise: {row.promise or 'none'}\n       reached: {row.figure}"
         + (f"\n       beside:  {row.beside}" if row.beside else "")
         for row in made
     )
@@ -335,7 +342,7 @@ def table(made: list[Row]) -> list[str]:
         "| what | promised | reached | beside | met |",
         "|---|---|---|---|---|",
         *(
-            f"| {row.what} | {row.promise} | {row.figure} | {row.beside} | {'yes' if row.met else '**no**'} |"
+            f"| {row.what} | {row.promise} | {row.figure} | {row.beside} | {_MET[row.met][1]} |"
             for row in made
         ),
     ]

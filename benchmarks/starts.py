@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from cloudlet.control.start import Start
 from cloudlet.control.synthesis import Request, resume_base, synthesise
 from cloudlet.hypervisor.driver import Instance
 from cloudlet.hypervisor.records import cpu_seconds_of
+from cloudlet.settings import Settings
 from cloudlet.transfer.source import open_source
 
 
@@ -53,7 +54,8 @@ def local(lab: Lab, results: Results) -> None:
         for _ in range(lab.times(5, 2)):
             synthesis(lab, results, "synthesis_beside", str(overlay), ask)
     for _ in range(lab.times(5, 1)):
-        results.add("synthesis.command_s", _command(lab, overlay, ask))
+        seconds = command(lab.settings, overlay, ask, "--start", "full", "--no-image")
+        results.add("synthesis.command_s", seconds)
     image = lab.customised_image()
     for _ in range(lab.times(3)):
         with copy_of(image, lab.scratch) as disk:
@@ -153,9 +155,17 @@ def synthesis(
             ask.whole(url_of(made.instance))
 
 
-def _command(lab: Lab, overlay: Path, ask: Reference) -> float:
-    """``cloudlet run`` from its start as a program to the first answer."""
-    settings = lab.settings
+def command(
+    settings: Settings,
+    overlay: Path,
+    ask: Question,
+    *options: str,
+    then: Callable[[], None] = lambda: None,
+) -> float:
+    """``cloudlet run`` from its start as a program to the first answer, in seconds.
+
+    :param then: what is still to be done, or to be waited for, before it is ended.
+    """
     environment = {
         **os.environ,
         "OS_DEFAULT__CACHE_DIR": str(settings.cache_dir),
@@ -163,14 +173,16 @@ def _command(lab: Lab, overlay: Path, ask: Reference) -> float:
         "OS_DEFAULT__KEYS_DIR": str(settings.keys_dir),
     }
     began = time.monotonic()
-    command = [sys.executable, "-m", "cloudlet.cli.app", "run", str(overlay)]
-    command += ["--start", "full", "--no-image"]
+    run = [sys.executable, "-m", "cloudlet.cli.app", "run", str(overlay), *options]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        run, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as process:
-        assert process.stdout
-        url = process.stdout.readline().strip()
-        ask(url, 10.0)
-        seconds = time.monotonic() - began
-        process.terminate()
+        try:
+            assert process.stdout
+            url = process.stdout.readline().strip()
+            ask(url, 10.0)
+            seconds = time.monotonic() - began
+            then()
+        finally:
+            process.terminate()
     return seconds

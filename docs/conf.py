@@ -17,8 +17,8 @@ from sphinx.application import Sphinx
 
 from cloudlet import errors, settings
 from cloudlet.api import faults
-from cloudlet.api.policy import list_rules
-from cloudlet.api.table import TABLE
+from cloudlet.api.remedies import REMEDIES
+from cloudlet.api.table import TABLE, list_rules
 from cloudlet.control import recipe
 
 _PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
@@ -136,6 +136,13 @@ def _faults() -> Iterator[str]:
     yield _row(f"`cloudlet.NOUN.{faults.DEFECT.reason}`", "500", "Our mistake: please report it.")
 
 
+def _remedies() -> Iterator[str]:
+    yield from _table("Code", "Status", "Who sees it", "Who runs the site")
+    for fault in (*faults.FAULTS.values(), faults.DEFECT):
+        remedy = REMEDIES[fault.reason]
+        yield _row(f"`{fault.reason}`", str(fault.status), remedy.caller, remedy.operator)
+
+
 def _policy() -> Iterator[str]:
     yield from _table("Rule", "Who", "What")
     for rule in list_rules():
@@ -144,6 +151,7 @@ def _policy() -> Iterator[str]:
 
 _GENERATED: dict[str, Callable[[], Iterator[str]]] = {
     "faults": _faults,
+    "remedies": _remedies,
     "operations": _operations,
     "policy": _policy,
     "settings": _settings,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -27,6 +28,7 @@ def postgresql(folder: Path) -> Iterator[str]:
     _run([programs / "initdb", "--pgdata", data, "--auth=trust", "--username=root", "--no-sync"], user)
     options = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={folder}", "-c", "fsync=off"]
     with _server([programs / "postgres", "-D", data, *options], user, folder):
+        _listening(folder / ".s.PGSQL.5432")
         yield _ready(f"postgresql+psycopg2://root@/{{name}}?host={folder}", "postgres")
 
 
@@ -36,7 +38,7 @@ def mariadb(folder: Path) -> Iterator[str]:
     server = shutil.which("mariadbd") or "/usr/sbin/mariadbd"
     assert Path(server).exists(), "MariaDB is missing: tools/setup test"
     user = _owned_by("mysql", folder)
-    data, socket = folder / "data", folder / "socket"
+    data, place = folder / "data", folder / "socket"
     _run(
         [
             "mariadb-install-db",
@@ -46,10 +48,11 @@ def mariadb(folder: Path) -> Iterator[str]:
         ],
         user,
     )
-    options = [f"--datadir={data}", f"--socket={socket}", "--skip-networking", "--skip-log-bin"]
+    options = [f"--datadir={data}", f"--socket={place}", "--skip-networking", "--skip-log-bin"]
     options += ["--innodb-flush-log-at-trx-commit=0", f"--pid-file={folder / 'pid'}"]
     with _server([server, "--no-defaults", *options], user, folder):
-        yield _ready(f"mysql+pymysql://root@localhost/{{name}}?unix_socket={socket}", "mysql")
+        _listening(place)
+        yield _ready(f"mysql+pymysql://root@localhost/{{name}}?unix_socket={place}", "mysql")
 
 
 @contextmanager
@@ -96,6 +99,17 @@ def _server(command: Sequence[str | Path], user: str | None, folder: Path) -> It
     finally:
         process.terminate()
         process.wait(DEADLINE)
+
+
+def _listening(place: Path) -> None:
+    """Wait until somebody listens: a client of theirs that is refused may leave a socket open."""
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+            probe.connect(str(place))
+            return
+        assert time.monotonic() < deadline, f"nobody listens at {place}"
+        time.sleep(0.05)
 
 
 def _ready(url: str, name: str) -> str:

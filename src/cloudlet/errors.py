@@ -81,6 +81,12 @@ class CapacityError(CloudletError):
     exit_code = ExitCode.NO_CAPACITY
 
 
+class DrainingError(CapacityError):
+    """The site is being emptied: what it has goes on, but nothing new begins."""
+
+    usual_hint = "start it at another site, or try again later"
+
+
 class TooLargeError(CapacityError):
     """It is larger than it may be, or than what is left of what its owner may have."""
 

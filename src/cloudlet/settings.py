@@ -95,6 +95,13 @@ API_OPTIONS = (
     cfg.StrOpt("tls_certificate", help="A PEM file: serve TLS with this certificate."),
     cfg.StrOpt("tls_key", help="The certificate's key, a PEM file."),
     cfg.StrOpt("policy_file", help="A file of oslo.policy that changes who may do what."),
+    cfg.ListOpt(
+        "fetch_networks",
+        default=[],
+        help="Networks besides the public ones from which overlays and bases may be fetched by URL, such as "
+        "10.1.0.0/16,fd00::/8. A URL that leads elsewhere is refused: publishers could otherwise look around "
+        "where the site is. Where a proxy is configured, the proxy decides instead.",
+    ),
 )
 LIMIT_OPTIONS = (
     cfg.IntOpt(
@@ -116,6 +123,14 @@ LIMIT_OPTIONS = (
     cfg.IntOpt("instances", default=100, min=0, mutable=True, help="How many instances there may be."),
     cfg.IntOpt(
         "project_upload_mib", default=65536, min=0, mutable=True, help="What one project may upload in all."
+    ),
+    cfg.IntOpt(
+        "base_upload_mib",
+        default=262144,
+        min=0,
+        mutable=True,
+        help="Bases that were uploaded or fetched, of all projects together: what they take on the disk, and "
+        "what is announced of those that are still coming.",
     ),
     cfg.IntOpt(
         "blob_cache_mib", default=8192, min=0, mutable=True, help="Overlays that can be fetched again."
@@ -146,20 +161,43 @@ LEASE_OPTIONS = (
     ),
 )
 WORK_OPTIONS = (
-    cfg.IntOpt("threads", default=8, min=1, help="How many operations are worked on at a time."),
+    cfg.IntOpt(
+        "threads",
+        default=8,
+        min=1,
+        help="How many operations a process works on at a time; and as many deletions beside them.",
+    ),
+    cfg.StrOpt(
+        "job_board",
+        secret=True,
+        help="The Redis server from which cloudlet-conductor takes operations: "
+        "redis://[USER:PASSWORD@]HOST[:PORT][/NUMBER], or rediss: with TLS. Any number of processes may then "
+        "serve the site, and any number of conductors work for it, all on this machine. Default: none; one "
+        "process does both.",
+    ),
+    cfg.StrOpt(
+        "metrics_listen",
+        help="HOST:PORT where cloudlet-conductor shows its figures to Prometheus. Default: nowhere.",
+    ),
     cfg.IntOpt(
         "keep_days", default=30, min=1, mutable=True, help="How long ended operations and events are kept."
     ),
+)
+WEBHOOK_OPTIONS = (
+    cfg.ListOpt(
+        "allowed_networks",
+        default=[],
+        help="Networks besides the public ones that webhooks may lead to, such as 10.1.0.0/16,fd00::/8. One "
+        "that leads elsewhere is refused when it is made, and whenever something is pushed to it.",
+    ),
     cfg.FloatOpt(
-        "webhook_retry_seconds",
+        "retry_seconds",
         default=2.0,
         min=0.01,
-        help="How long after its first failure a push to a webhook is tried again; then twice as long, and "
-        "so on, an hour at most.",
+        help="How long after its first failure a push is tried again; then twice as long, and so on, an hour "
+        "at most.",
     ),
-    cfg.IntOpt(
-        "webhook_attempts", default=12, min=1, help="How often a push is tried before it is given up."
-    ),
+    cfg.IntOpt("attempts", default=12, min=1, help="How often a push is tried before it is given up."),
 )
 GROUPS: dict[str, tuple[cfg.Opt, ...]] = {
     "DEFAULT": OPTIONS,
@@ -168,6 +206,7 @@ GROUPS: dict[str, tuple[cfg.Opt, ...]] = {
     "limits": LIMIT_OPTIONS,
     "leases": LEASE_OPTIONS,
     "work": WORK_OPTIONS,
+    "webhooks": WEBHOOK_OPTIONS,
 }
 
 
@@ -184,6 +223,8 @@ class Settings:
     instance_uid_first: int = 400000
     instance_uid_count: int = 10000
     image_cache_mib: int = 8192
+    fetch_networks: tuple[str, ...] = ()
+    """Of a site that serves: the networks besides the public ones into which a URL may lead."""
 
     @property
     def bases_dir(self) -> Path:
@@ -272,6 +313,7 @@ def settings_of(
             instance_uid_first=conf.instance_uid_first,
             instance_uid_count=conf.instance_uid_count,
             image_cache_mib=conf.image_cache_mib,
+            fetch_networks=tuple(conf.api.fetch_networks),
         )
     except (cfg.Error, ValueError) as error:
         raise UsageError(f"settings: {error}") from error

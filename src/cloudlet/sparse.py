@@ -86,6 +86,12 @@ def chunks(descriptor: int) -> Iterator[tuple[int, memoryview]]:
         position = start + CHUNK_BYTES
 
 
+def chunk_at(descriptor: int, number: int) -> memoryview:
+    """One chunk of a file, zeros or not."""
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    return buffer[: _fill(descriptor, buffer, number * CHUNK_BYTES)]
+
+
 class SparseDigest:
     """The digest of chunks that come one by one, in order."""
 

@@ -265,6 +265,7 @@ def check_clone_and_reboot(
     also(made.instance)
 
 
+@pytest.mark.slow
 def test_a_uefi_image_is_imported_changed_and_rebooted(site: Site, kept: Kept, tmp_path: Path) -> None:
     base = site.bases.find(kept("uefi"))
     assert base.machine.firmware is Firmware.UEFI
@@ -275,6 +276,7 @@ def test_a_uefi_image_is_imported_changed_and_rebooted(site: Site, kept: Kept, t
     site.bases.verify(base)
 
 
+@pytest.mark.slow
 def test_a_cloud_image_is_imported_changed_and_rebooted(site: Site, kept: Kept, tmp_path: Path) -> None:
     base = site.bases.find(kept("grub-bios", cloud_init=True))
     assert base.description.guest.agent

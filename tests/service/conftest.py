@@ -25,8 +25,9 @@ from cloudlet.keeper.folder import is_kept
 from cloudlet.model import MEBIBYTE
 from cloudlet.service.options import Listening, Options, read_options
 from cloudlet.service.site import ServedSite
-from cloudlet.service.work import Observer
+from cloudlet.service.steps import Observer
 from cloudlet.settings import Settings, read_files
+from cloudlet.transfer.networks import Networks
 
 DEADLINE = 60.0
 RECIPE = """
@@ -98,8 +99,9 @@ def module_options(made: Made, hashed: str, tmp_path_factory: pytest.TempPathFac
 
 def options_in(folder: Path, made: Made, hashed: str) -> Options:
     """Settings of a site whose state is in a folder."""
-    settings = Settings(made.cache, folder / "state", made.keys, hypervisor="fake")
-    found = read_options(read_files("/dev/null"), settings)
+    here = ("127.0.0.0/8",)
+    settings = Settings(made.cache, folder / "state", made.keys, hypervisor="fake", fetch_networks=here)
+    found = replace(read_options(read_files("/dev/null"), settings), webhook_networks=Networks(here))
     listening = Listening(host="127.0.0.1", port=0)
     users = folder / "users"
     write_users(users, [User(name, hashed, "shop", roles) for name, roles in USERS.items()])
@@ -209,6 +211,7 @@ def serving(options: Options, observe: Observer = lambda *_: None) -> Iterator[R
         try:
             yield Running(site, Caller(server.where))
         finally:
+            site.news.close()
             server.stop()
             thread.join()
     finally:

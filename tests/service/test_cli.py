@@ -24,6 +24,7 @@ from cloudlet.cli.app import main
 from cloudlet.service.options import Listening, Options
 from cloudlet.store.bases import BaseStore
 from cloudlet.store.exchange import export_base
+from tests.cli.web import serving as web_serving
 from tests.conftest import Finished
 from tests.service.conftest import PASSWORD, Caller, Made, Running, serving
 from tests.service.relay import address, large_overlay, relayed
@@ -157,7 +158,8 @@ def test_a_publisher_and_a_user(users: Users, made: Made, tmp_path: Path) -> Non
 
     assert users("paula", "app", "delete", "hello", "other").status == 0
     own = users.json(
-        "paula", "app", "create", "own", "--overlay", "hello", "--app-version", "3", "--lease", "9"
+        "paula", "app", "create", "own", "--overlay", "hello", "--app-version", "3", "--lease", "9",
+        "--port", "8080:front", "--ready", "tcp:8080", "--latency", "20", "--accelerator", "gpu",
     )
     assert (own["version"], own["lease_seconds"]) == ("3", 9)
     assert users("paula", "app", "delete", own["id"]).err == "app own 3 is withdrawn\n"
@@ -173,9 +175,24 @@ def test_a_publisher_and_a_user(users: Users, made: Made, tmp_path: Path) -> Non
     assert text.out.startswith(f"{numbers[1]} 20")
 
 
-def test_bases_and_the_site(users: Users, made: Made, tmp_path: Path) -> None:
-    exported = tmp_path / "fake-base.base"
-    export_base(BaseStore(made.cache / "bases").get(made.base_id), exported)
+@pytest.fixture
+def exported(made: Made, tmp_path: Path) -> Path:
+    """The base that all have, as a file: who deletes it from a site deletes a copy."""
+    file = tmp_path / "fake-base.base"
+    export_base(BaseStore(made.cache / "bases").get(made.base_id), file)
+    return file
+
+
+@pytest.fixture
+def users_elsewhere(monkeypatch: pytest.MonkeyPatch, options: Options, tmp_path: Path) -> Iterator[Users]:
+    """Users of a site without any base."""
+    machine = replace(options.machine, cache_dir=tmp_path / "cache")
+    with serving(replace(options, machine=machine)) as running:
+        yield Users(monkeypatch, running.call.url)
+
+
+def test_bases_and_the_site(users_elsewhere: Users, exported: Path, made: Made, tmp_path: Path) -> None:
+    users = users_elsewhere
     sent = users.json("paula", "base", "upload", exported)
     assert (sent["name"], sent["state"], sent["identity"]) == ("fake-base", "active", made.base_id)
     again = users("paula", "base", "upload", exported)
@@ -183,8 +200,44 @@ def test_bases_and_the_site(users: Users, made: Made, tmp_path: Path) -> None:
     assert [row["id"] for row in users.json("mia", "site", "base", "list")] == [sent["id"]]
     assert users.json("mia", "site", "base", "show", "fake-base")["memory_bytes"] == 4 << 20
     assert users("paula", "site", "base", "delete", "fake-base").status == 4
+    got = tmp_path / "got.base"
+    downloaded = users("mia", "base", "download", "fake-base", "-o", got)
+    assert (downloaded.status, downloaded.out) == (0, ""), downloaded.err
+    assert got.read_bytes() == exported.read_bytes()
+    assert users("mia", "base", "download", "nothing", "-o", got).status == 3
+    with web_serving(exported.read_bytes()) as web:
+        there = users("paula", "base", "fetch", f"{web.url}/whole")
+        assert (there.status, there.out) == (5, "")
+        assert "this base is here already" in there.err
+        assert users("root", "site", "base", "delete", sent["id"]).status == 0
+        fetched = users.json("paula", "base", "fetch", f"{web.url}/whole", "--name", "fetched")
+        assert (fetched["name"], fetched["identity"]) == ("fetched", made.base_id)
+        assert users("root", "site", "base", "delete", fetched["id"]).status == 0
+        begun = users.json("paula", "base", "fetch", f"{web.url}/whole", "--no-wait")
+        assert users("paula", "operation", "show", begun["operation_id"], "--wait").status == 0
+        assert users.json("mia", "site", "base", "show", begun["id"])["name"] == "fake-base"
+        missing = users("paula", "base", "fetch", f"{web.url}/missing")
+        assert (missing.status, missing.out) == (3, "")
+    assert users("paula", "base", "fetch", "ftp://x/y").status == 2
     site = users.json("mia", "site", "show")
     assert (site["state"], site["hypervisor"], site["used"]["instances"]) == ("up", "fake", 0)
+
+
+def test_a_site_is_drained(users: Users, made: Made) -> None:
+    assert users("paula", "app", "publish", made.overlay).status == 0
+    assert users("mia", "instance", "create", "hello").status == 0
+    assert users("paula", "drain").status == 4
+    drained = users("root", "drain", "-f", "json")
+    assert (drained.status, drained.err) == (0, "the site admits no more instances; still there: 1\n")
+    assert json.loads(drained.out)["state"] == "draining"
+    assert users.json("mia", "site", "show")["state"] == "draining"
+    refused = users("mia", "instance", "create", "hello", "--name", "second")
+    assert (refused.status, refused.out) == (6, "")
+    assert refused.err.startswith("cloudlet: the site is being emptied, and admits no instance (")
+    assert users("mia", "instance", "delete", "hello").status == 0
+    back = users("root", "drain", "--off", "-f", "value", "-c", "state")
+    assert (back.out, back.err) == ("up\n", "the site admits instances\n")
+    assert users("mia", "instance", "create", "hello").status == 0
 
 
 def test_exit_codes_and_what_to_do(

@@ -72,6 +72,11 @@ def test_a_day_with_an_instance(paula: Proxy, made: Made, running: Running) -> N
         assert [row.kind for row in mia.operations(kind="instance.save")] == ["instance.save"]
         assert {row.id for row in mia.instances(state="active")} == {instance.id}
         assert paula.get_cloudlet().used["instances"] == 1
+        with user(running, "root") as root:
+            assert root.update_cloudlet(state="draining").state == "draining"
+            with pytest.raises(errors.DrainingError, match="being emptied"):
+                mia.create_instance(app_id=app.id)
+            assert root.update_cloudlet(state="up").state == mia.get_cloudlet().state == "up"
         mia.wait_for_operation(mia.delete_instance(instance))
         with pytest.raises(errors.NotFoundError):
             mia.get_instance(instance)

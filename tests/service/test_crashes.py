@@ -25,7 +25,7 @@ SAMPLE = random.Random(SEED).sample(MOMENTS, 4)
 
 
 def test_every_kind_of_operation_is_tried() -> None:
-    assert SCENARIOS.keys() | {"base.import"} == FLOWS.keys()
+    assert SCENARIOS.keys() | {"base.import", "base.fetch"} == FLOWS.keys()
 
 
 @pytest.mark.parametrize(("kind", "step", "state"), SAMPLE)

@@ -155,3 +155,26 @@ def _kill_machine(running: Running) -> None:
     ((_, record),) = records(running.site.options.machine.instances_dir)
     assert record.machine
     os.kill(record.machine.pid, signal.SIGKILL)
+
+
+def test_an_app_may_publish_less_and_be_ready_otherwise(call: Caller, made: Made) -> None:
+    app = call.publish(made.overlay)
+    component = app["components"][0]
+    path = f"/v1/apps/{app['id']}"
+    ports = [{"port": 8080, "name": "front"}]
+    changed = {"components": [{**component, "ports": ports, "readiness": "tcp:8080"}]}
+    assert call.patch(path, {"app": changed})["app"]["components"][0]["readiness"] == "tcp:8080"
+    instance = call.start(app)
+    assert [(one["name"], one["guest_port"]) for one in instance["endpoints"]] == [("front", 8080)]
+    call.done(call.delete(f"/v1/instances/{instance['id']}"))
+    wanted = {"ports": [{"guest_port": 80}], "app_id": app["id"]}
+    assert call("POST", "/v1/instances", {"instance": wanted}).status_code == 400
+    nobody = {"components": [{**component, "ports": [], "readiness": "agent"}]}
+    call.patch(path, {"app": nobody})
+    instance = call.start(app)
+    assert instance["endpoints"] == []
+    call.done(call.delete(f"/v1/instances/{instance['id']}"))
+    for rule in ("serial:x", "http:", "never"):
+        refused = call("PATCH", path, {"app": {"components": [{**component, "readiness": rule}]}})
+        assert refused.status_code == 400
+        assert "readiness" in refused.text

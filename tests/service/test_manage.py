@@ -20,8 +20,8 @@ import sqlalchemy as sa
 
 from cloudlet import settings
 from cloudlet.api.identity import read_users
-from cloudlet.api.policy import Policy, list_rules
-from cloudlet.api.table import TABLE
+from cloudlet.api.policy import Policy
+from cloudlet.api.table import TABLE, list_rules
 from cloudlet.cli import status
 from cloudlet.cli.exclusive import only_server
 from cloudlet.cli.manage.command import ManageApp
@@ -29,6 +29,7 @@ from cloudlet.errors import ConflictError, UsageError
 from cloudlet.service.options import Options
 from cloudlet.store.database import Database, latest_version
 from tests.conftest import Finished
+from tests.service.certificates import certificate
 from tests.service.conftest import Caller, Made, serving
 
 COMMANDS = sorted(entry_points(group="cloudlet.manage"), key=lambda entry: entry.name)
@@ -299,6 +300,25 @@ def test_what_is_wrong_is_told_before_serving(programs: Programs, tmp_path: Path
     assert "cloudlet:no:such" in checks["Policy"][1]
     (entry,) = entry_points(group="console_scripts", name="cloudlet-status")
     assert entry.load() is status.main
+
+
+def test_a_certificate_is_looked_at(programs: Programs, tmp_path: Path) -> None:
+    assert programs.status()[1]["Certificate"][0] == 0
+    programs.configure(api={"listen": "0.0.0.0:8790"})
+    checks = programs.status()[1]
+    code, said = checks["Certificate"]
+    assert (code, "on their way" in said) == (1, True)
+    assert checks["Settings"][0] == 1
+    programs.configure(api={"listen": "0.0.0.0:8790", "publish_address": "127.0.0.1"})
+    assert programs.status()[1]["Settings"][0] == 0
+    for days, expected, word in ((90, 0, "ends at"), (3, 1, "ends at"), (-1, 1, "ended at")):
+        shown, key = certificate(tmp_path, days=days)
+        programs.configure(api={"tls_certificate": shown, "tls_key": key})
+        code, said = programs.status()[1]["Certificate"]
+        assert (code, word in said) == (expected, True), said
+    key.write_text("nonsense")
+    code, said = programs.status()[1]["Certificate"]
+    assert (code, "are not a certificate and its key" in said) == (2, True)
 
 
 def test_settings_that_cannot_be_read_fail_every_check(

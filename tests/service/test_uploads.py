@@ -12,6 +12,7 @@ from blake3 import blake3
 from requests.auth import _basic_auth_str
 
 from cloudlet.service.options import Options
+from cloudlet.transfer.networks import Networks
 from tests.cli.damage import flipped
 from tests.cli.web import serving as web_serving
 from tests.service.conftest import PASSWORD, Caller, Made, Running, nothing_runs, serving
@@ -169,6 +170,23 @@ def test_more_than_the_project_may_is_refused_before_the_first_byte(options: Opt
         assert running.call("HEAD", path).headers["Upload-Offset"] == "0"
 
 
+def test_a_saved_machine_counts_like_an_upload(options: Options, made: Made) -> None:
+    size = made.overlay.stat().st_size
+    limits = replace(options.limits, project_upload_bytes=size + 100)
+    with serving(replace(options, limits=limits)) as running:
+        call = running.call
+        instance = call.start(call.publish(made.overlay))
+        saved = call.post(f"/v1/instances/{instance['id']}/overlay", {"overlay": {"name": "mine"}})
+        ended = call.ended(saved["operation"])
+        assert ended["state"] == "failed"
+        assert "may upload 100 B more" in ended["error"]["detail"]
+        assert state(call, f"/v1/overlays/{ended['resources']['overlay']}/file")["state"] == "rejected"
+        assert call.instance(instance["id"])["state"] == "active"
+        assert list(options.blobs_dir.glob("incoming/*")) == []
+        call.done(call.delete(f"/v1/instances/{instance['id']}"))
+    nothing_runs(options.machine)
+
+
 def test_an_upload_says_how_long_it_is(call: Caller) -> None:
     path = queued(call)
 
@@ -203,4 +221,40 @@ def test_an_overlay_at_a_url_is_fetched_when_it_is_needed(options: Options, made
             call.done(call.delete(f"/v1/instances/{one['id']}"))
         direct = call("POST", "/v1/instances", {"instance": {"url": f"{web.url}/gone"}})
         assert direct.status_code == 422
+    nothing_runs(options.machine)
+
+
+def test_a_url_leads_to_public_addresses_only(options: Options, made: Made) -> None:
+    closed = replace(
+        options, machine=replace(options.machine, fetch_networks=()), fetch_networks=Networks(())
+    )
+    with web_serving(made.overlay.read_bytes()) as web:
+        url = f"{web.url}/whole"
+        with serving(options) as running:
+            running.call.post("/v1/overlays", {"overlay": {"name": "far", "url": url}})
+        web.asked.clear()
+        with serving(closed) as running:
+            call = running.call
+            for body in (
+                ("overlays", {"overlay": {"name": "o", "url": url}}),
+                ("instances", {"instance": {"url": url}}),
+            ):
+                refused = call("POST", f"/v1/{body[0]}", body[1])
+                assert refused.status_code == 400, refused.text
+                assert "which is not a public address" in refused.json()["errors"][0]["detail"]
+            (overlay,) = call.get("/v1/overlays")["overlays"]
+            refused = call("POST", "/v1/instances", {"instance": {"overlay_id": overlay["id"]}})
+            assert refused.status_code == 400
+            app = {"name": "far", "version": "1", "components": [{"overlay_id": overlay["id"]}]}
+            row = call.post("/v1/apps", {"app": app})["app"]
+            ended = call.ended(call.post(f"/v1/apps/{row['id']}/prestage")["operation"])
+            assert (ended["state"], ended["error"]["code"]) == ("failed", "cloudlet.operation.invalid")
+            # As when the name leads elsewhere after the site has looked at the overlay's head.
+            running.site.options = replace(closed, fetch_networks=options.fetch_networks)
+            asked = call.post("/v1/instances", {"instance": {"overlay_id": overlay["id"]}})
+            read = len(web.asked)
+            ended = call.ended(asked["operation"])
+            assert (ended["state"], ended["error"]["code"]) == ("failed", "cloudlet.operation.invalid")
+            assert len(web.asked) == read, "its keeper has asked"
+            call.done(call.delete(f"/v1/instances/{asked['operation']['resources']['instance']}"))
     nothing_runs(options.machine)

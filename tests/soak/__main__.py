@@ -38,7 +38,7 @@ from tests.cli.traces import running, traces
 from tests.conftest import KEPT, CommandLine
 from tests.images.build import TestImage, build
 from tests.soak.early import cut_early_starts, early_starts
-from tests.soak.service import explored, killed_steps, killed_under_load, many_instances
+from tests.soak.service import explored, killed_steps, killed_under_load, many_instances, real_instances
 
 FUZZER = Path(__file__).parents[1] / "fuzz" / "fuzz_overlay.py"
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -246,12 +246,26 @@ def another_base(soak: Soak) -> list[str | Path]:
     return [*import_arguments(soak.image), "--cpus", "2"]
 
 
+def slow_tests(soak: Soak) -> None:
+    """The tests that take minutes: whole distributions, imported, changed and rebooted."""
+
+    def tries(count: int) -> Iterator[str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "slow"]
+        done = subprocess.run(command, cwd=RESULTS.parents[1], capture_output=True, text=True, check=False)
+        if done.returncode:
+            yield done.stdout[-2000:]
+
+    soak.row("cloud and UEFI images imported, changed and rebooted", "as the tests say", 1, tries)
+
+
 PARTS: dict[str, tuple[Callable[[Soak], None], ...]] = {
+    "bases": (slow_tests,),
     "main": (damaged_overlays, damaged_exports, fuzzed_reader, killed_commands, interrupted_commands),
     "early": (early_starts, cut_early_starts),
-    "service": (killed_steps, killed_under_load, many_instances, explored),
+    "service": (killed_steps, killed_under_load, many_instances, real_instances, explored),
 }
 TITLES = {
+    "bases": "Images of others",
     "main": "Faults in large numbers",
     "early": "Early starts in large numbers",
     "service": "A site that serves, in large numbers",

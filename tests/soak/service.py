@@ -107,6 +107,46 @@ def many_instances(soak: Soak) -> None:
     )
 
 
+def real_instances(soak: Soak) -> None:
+    """Real QEMU guests, several at once by each of four clients: all answer, and nothing is left."""
+
+    def tries(count: int) -> Iterator[str]:
+        with _made() as (folder, made, hashed):
+            options = options_in(folder, made, hashed)
+            options = replace(options, machine=replace(soak.settings, state_dir=folder / "state"))
+            problems: list[str] = []
+
+            def user() -> None:
+                try:
+                    _use(running.call.as_("mia"), app, max(1, count // 4))
+                except (AssertionError, requests.RequestException) as error:
+                    problems.append(str(error))
+
+            with serving(options) as running:
+                app = running.call.publish(soak.overlay)
+                users = [threading.Thread(target=user) for _ in range(4)]
+                for thread in users:
+                    thread.start()
+                for thread in users:
+                    thread.join()
+                yield from problems
+                if left := running.call.get("/v1/instances")["instances"]:
+                    yield f"{len(left)} instances are left"
+            nothing_runs(options.machine)
+
+    soak.row("real instances at once by 4 clients", "all answer, nothing is left", 12, tries)
+
+
+def _use(call: Caller, app: dict[str, object], count: int) -> None:
+    """Start instances, have each answer while all run, and end them."""
+    asked = [call.post("/v1/instances", {"instance": {"app_id": app["id"]}}) for _ in range(count)]
+    instances = [call.instance(call.done(answer)["resources"]["instance"]) for answer in asked]
+    for instance in instances:
+        assert requests.get(instance["endpoints"][0]["url"], timeout=60).status_code == 200, instance
+    for instance in instances:
+        call.done(call.delete(f"/v1/instances/{instance['id']}"))
+
+
 def _crowd(call: Caller, app: dict[str, object], count: int, limit: int) -> Iterator[str]:
     problems: list[str] = []
     left, lock, done = [count], threading.Lock(), threading.Event()

@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 from cloudlet import settings
+from cloudlet.api import faults
+from cloudlet.api.remedies import REMEDIES
 from cloudlet.cli.command import CloudletApp
 from cloudlet.control.recipe import Files, Port, Recipe
 from cloudlet.errors import ExitCode
@@ -132,22 +134,43 @@ def test_every_command_is_shown_in_use(command: str) -> None:
     )
 
 
+def sample() -> str:
+    """The sample file of a machine's settings."""
+    shown = [text for page, text in blocks("ini") if page.name == "operator.md"]
+    (found,) = (text for text in shown if text.startswith("[DEFAULT]"))
+    return found
+
+
 @pytest.mark.parametrize("name", [option.name for option in settings.OPTIONS])
 def test_every_setting_is_in_the_sample_file(name: str) -> None:
-    (sample,) = (text for page, text in blocks("ini") if page.name == "operator.md")
-    assert re.search(rf"^{name} = ", sample, re.MULTILINE)
+    assert re.search(rf"^{name} = ", sample(), re.MULTILINE)
 
 
 def test_the_sample_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for option in settings.OPTIONS:
         monkeypatch.delenv(f"OS_DEFAULT__{option.name.upper()}", raising=False)
-    (sample,) = (text for page, text in blocks("ini") if page.name == "operator.md")
     file = tmp_path / "cloudlet.conf"
-    file.write_text(sample, encoding="utf-8")
+    file.write_text(sample(), encoding="utf-8")
     read = settings.load(str(file))
     assert read.state_dir == Path("/var/lib/cloudlet")
-    given = dict(re.findall(r"^(\w+) = (.*)$", sample, re.MULTILINE))
+    given = dict(re.findall(r"^(\w+) = (.*)$", sample(), re.MULTILINE))
     assert {name: str(getattr(read, name)) for name in given} == given
+
+
+def test_every_code_of_an_error_has_a_remedy() -> None:
+    reasons = [fault.reason for fault in (*faults.FAULTS.values(), faults.DEFECT)]
+    assert len(reasons) == len(set(reasons))
+    assert set(REMEDIES) == set(reasons)
+    assert "<!-- generated: remedies -->" in (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+
+
+def test_settings_that_remedies_name_are_there() -> None:
+    named = re.findall(
+        r"`\[(\w+)\] (\w+)`", " ".join(f"{one.caller} {one.operator}" for one in REMEDIES.values())
+    )
+    assert named
+    for group, name in named:
+        assert name in [option.name for option in settings.GROUPS[group]], f"[{group}] {name}"
 
 
 @pytest.mark.parametrize("code", list(ExitCode))

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from oslo_log import log
 from pydantic import BaseModel, ValidationError
 
-from cloudlet.api import faults, microversion
+from cloudlet.api import conditions, faults, microversion
 from cloudlet.api.faults import NotAcceptableError, RangeError, UnauthenticatedError
 from cloudlet.api.identity import NOBODY, Identity, Strategy
 from cloudlet.api.microversion import Version
@@ -25,6 +25,7 @@ from cloudlet.api.operation import Answer, Call, Desk, Operation, Slots, Stream,
 from cloudlet.api.policy import Policy
 from cloudlet.errors import CloudletError, NotFoundError, TooLargeError, UsageError, of_the_system
 from cloudlet.service.site import ServedSite
+from cloudlet.store.database import Condition
 from cloudlet.store.retries import Retry
 
 LOG = log.getLogger(__name__)
@@ -145,9 +146,14 @@ class Dispatcher:
             )
         upload = _upload(request) if "upload" in wants else None
         arguments = operation.arguments(call, row, body, query, upload)
+        bound = self._bound(operation, request, row)
         # The body has come: from here on a slow client keeps nobody waiting.
-        with self._desk.work(), self._transfers.one() if upload else nullcontext():
-            return self._response(operation, operation.handler(**arguments))
+        transfer = self._transfers.one() if upload else nullcontext()
+        with self._desk.work(), transfer, self.site.database.only_if(bound):
+            response = self._response(operation, operation.handler(**arguments))
+        if operation.tagged and operation.method == "GET":
+            response.headers["ETag"] = conditions.tag_of(row)
+        return response
 
     def _call(self, request: Request, request_id: str, version: Version, who: Identity) -> Call:
         return Call(
@@ -174,6 +180,17 @@ class Dispatcher:
                 f"there is no {rows.noun} {key[:64]!r}", hint="an id is a UUID in small letters"
             )
         return self.site.database.read(lambda connection: rows.get(connection, key))
+
+    def _bound(self, operation: Operation, request: Request, row: Any) -> Condition | None:
+        """What ``If-Match`` demands of the transaction that makes the change; asked already here, too.
+
+        :raises ChangedError: it is not so.
+        """
+        wanted, rows = request.headers.get("HTTP_IF_MATCH"), operation.rows
+        if wanted is None or rows is None or not operation.tagged:
+            return None
+        conditions.check(wanted, row, rows.noun)
+        return lambda connection: conditions.check(wanted, rows.get(connection, row.id, lock=True), rows.noun)
 
     def _query(self, model: type[BaseModel] | None, request: Request) -> BaseModel | None:
         if model is None:

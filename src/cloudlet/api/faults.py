@@ -30,6 +30,12 @@ class BusyError(errors.CapacityError):
     usual_hint = "try again in a few seconds"
 
 
+class ChangedError(errors.ConflictError):
+    """It is not any more what ``If-Match`` says."""
+
+    usual_hint = "get it again, and look whether you still want this"
+
+
 class RangeError(UsageError):
     """Of a file of ``size`` bytes there is no such part."""
 
@@ -64,8 +70,10 @@ FAULTS: Mapping[type[CloudletError], Fault] = {
     BusyError: Fault(503, "busy", "Too many at once", 5),
     ImpossibleError: Fault(422, "impossible", "It cannot be so"),
     RangeError: Fault(416, "range", "There is no such range"),
+    ChangedError: Fault(412, "changed", "It has changed"),
     MethodError: Fault(405, "method", "The method is not allowed"),
     PathError: Fault(404, "no_such_path", "There is no such path"),
+    errors.DrainingError: Fault(503, "draining", "The site is being emptied", 60),
     errors.TooLargeError: Fault(413, "too_large", "Too large"),
     errors.TruncatedError: Fault(422, "truncated", "Bytes are missing"),
     errors.CorruptError: Fault(422, "corrupt", "Bytes are not what they claim to be"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import sqlalchemy as sa
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy.engine import Connection
@@ -14,6 +14,7 @@ from cloudlet.api.operation import Slots
 from cloudlet.service import capacity
 from cloudlet.service.site import ServedSite
 from cloudlet.store import tables
+from cloudlet.store.rows import CloudletState
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 
@@ -24,7 +25,7 @@ class Figures:
     def __init__(self, site: ServedSite, waiters: Slots, transfers: Slots) -> None:
         self._site = site
         self._slots = {"waiters": waiters, "transfers": transfers}
-        self._registry = CollectorRegistry()
+        self._registry = site.meters.registry
         self._requests = Counter(
             "cloudlet_requests",
             "Requests by operation and status.",
@@ -47,10 +48,15 @@ class Figures:
 
     def text(self) -> str:
         """All figures, as Prometheus reads them."""
-        return generate_latest(self._registry).decode()
+        return self._site.meters.text()
 
     def _gauges(self) -> Iterable[Metric]:
         states, operations, used = self._site.database.read(_counted)
+        state = self._site.database.read(capacity.state)
+        yield _by(
+            "cloudlet_state", "1 for the state that the site is in.", "state",
+            {one: int(one is state) for one in CloudletState},
+        )  # fmt: skip
         yield _by("cloudlet_instances", "Instances by state.", "state", states)
         yield _by("cloudlet_operations", "Operations by kind and state.", "operation", operations)
         limits = self._site.options.limits

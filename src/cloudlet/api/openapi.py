@@ -89,6 +89,9 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
     if operation.method == "POST":
         key = {"type": "string", "minLength": 1, "maxLength": 128, "pattern": "^[!-~]+$"}
         found.append({"name": "Idempotency-Key", "in": "header", "required": False, "schema": key})
+    if operation.tagged and operation.method != "GET":
+        tag = {"type": "string", "description": "the ETag of the row as it has to be; *: whatever it is"}
+        found.append({"name": "If-Match", "in": "header", "required": False, "schema": tag})
     if "upload" in operation.wants:
         number = {"type": "integer", "minimum": 0, "maximum": 10**15 - 1}
         found.append({"name": "Upload-Offset", "in": "header", "required": False, "schema": number})
@@ -119,6 +122,8 @@ def _answers(operation: Operation) -> dict[str, Any]:
             found[str(status)]["content"] = {operation.media: {"schema": schema}}
         elif operation.media != "application/json" or operation.name == "site.openapi":
             found[str(status)]["content"] = {operation.media: {}}
+    if operation.tagged and operation.method == "GET":
+        found["200"]["headers"] = {"ETag": {"schema": _TEXT, "description": "for If-Match"}}
     if operation.name == "event.list":
         found["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     return found
@@ -134,6 +139,8 @@ def _faults(operation: Operation) -> dict[str, Any]:
         statuses |= {409, 413, 422}
     if operation.media == "application/octet-stream":
         statuses.add(416)
+    if operation.tagged and operation.method != "GET":
+        statuses.add(412)
     content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model="Errors")}}}
     titles = {fault.status: fault.title for fault in (*faults.FAULTS.values(), faults.DEFECT)}
     return {str(status): {"description": titles[status], "content": content} for status in sorted(statuses)}

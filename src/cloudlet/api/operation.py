@@ -26,7 +26,7 @@ from cloudlet.errors import NotFoundError
 from cloudlet.service.site import ServedSite
 from cloudlet.store import retries
 from cloudlet.store.retries import Retry
-from cloudlet.store.rows import Row, Rows
+from cloudlet.store.rows import OPERATIONS, Row, Rows
 
 R = TypeVar("R", bound=Row)
 
@@ -229,6 +229,14 @@ class Operation:
     def description(self) -> str:
         """What else there is to say."""
         return (inspect.getdoc(self.handler) or "").partition("\n\n")[2]
+
+    @property
+    def tagged(self) -> bool:
+        """Whether it is about one row as it is: GET tells the row's entity tag, the others heed ``If-Match``.
+
+        Not so for operations, which one waits for.
+        """
+        return self.rows not in (None, OPERATIONS) and self.path.endswith("}")
 
     @cached_property
     def wants(self) -> Mapping[str, Any]:

@@ -142,13 +142,6 @@ def rules(operations: Iterable[Ruled]) -> list[DocumentedRuleDefault]:
     ]  # fmt: skip
 
 
-def list_rules() -> list[RuleDefault]:
-    """All rules, for oslopolicy-sample-generator."""
-    from cloudlet.api.table import TABLE
-
-    return [*PERSONAS, *rules(TABLE)]
-
-
 def _target(row: Any, who: Identity) -> dict[str, object]:
     if row is None:  # something new, which will be the caller's
         return {"user_id": who.user_id, "project_id": who.project_id, "public": False}

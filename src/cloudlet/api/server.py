@@ -1,12 +1,14 @@
 """The HTTP server inside ``cloudlet serve``: threads, a socket that is private or encrypted, an end.
 
-A connection that is idle costs no thread. One that sends, waits or reads slowly costs one, and there can be
-many; but only ``threads`` requests are worked on at a time, and who waits or transfers is not counted among
-them (:class:`cloudlet.api.operation.Desk`).
+A connection that is idle costs no thread, nor does one on which nothing has come yet. One that sends, waits
+or reads slowly costs one, and there can be many; but only ``threads`` requests are worked on at a time, and
+who waits or transfers is not counted among them (:class:`cloudlet.api.operation.Desk`). The thread that
+accepts waits for nobody: TLS begins in the thread that a client's first byte costs.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import ssl
@@ -16,14 +18,19 @@ from pathlib import Path
 from typing import Any
 from wsgiref.types import WSGIApplication
 
+from cheroot.errors import FatalSSLAlert
+from cheroot.makefile import StreamReader, StreamWriter
 from cheroot.server import HTTPConnection, HTTPRequest
-from cheroot.ssl.builtin import BuiltinSSLAdapter
+from cheroot.ssl import Adapter
 from cheroot.workers.threadpool import ThreadPool
 from cheroot.wsgi import Server as CherootServer
+from oslo_log import log
 
-from cloudlet.errors import ConflictError, RefusedError, UsageError
+from cloudlet.api.tls import context_of
+from cloudlet.errors import ConflictError, RefusedError
 from cloudlet.service.options import Options
 
+LOG = log.getLogger(__name__)
 _HEADER_BYTES = 64 << 10
 _SILENT_SECONDS = 10
 """Longest time between two bytes of a request or of an answer."""
@@ -31,6 +38,10 @@ _LINGER_SECONDS, _LINGER_BYTES = 2.0, 16 << 20
 _PIECE = 64 << 10
 _SPARE = 256
 """Threads for clients that are slow."""
+_NOT_TLS = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n"
+    b"Content-Length: 34\r\n\r\nthis port speaks TLS: use https://\n"
+)
 
 
 class _Request(HTTPRequest):
@@ -47,23 +58,76 @@ class _Request(HTTPRequest):
     def respond(self) -> None:
         super().respond()
         if self._unread:
-            self._linger()
-
-    def _linger(self) -> None:
-        """A connection closed with bytes unread is reset, and the answer with it: read on for a while."""
-        connection = self.conn.socket
-        deadline = time.monotonic() + _LINGER_SECONDS
-        with suppress(OSError):
-            if not isinstance(connection, ssl.SSLSocket):
-                connection.shutdown(socket.SHUT_WR)
-            connection.settimeout(_LINGER_SECONDS)
-            left = _LINGER_BYTES
-            while left > 0 and time.monotonic() < deadline and (piece := connection.recv(_PIECE)):
-                left -= len(piece)
+            _linger(self.conn.socket)
 
 
 class _Connection(HTTPConnection):
     RequestHandlerClass = _Request
+
+    def communicate(self) -> bool:
+        """Answer what has come; whether the connection stays open."""
+        if not isinstance(self.socket, ssl.SSLSocket):
+            return bool(super().communicate())  # type: ignore[no-untyped-call]
+        if self.socket.version() is None and not self._greeted():
+            return False
+        # What is decrypted already wakes nobody who watches the socket.
+        while goes_on := bool(super().communicate()):  # type: ignore[no-untyped-call]
+            if not self.socket.pending():
+                break
+        return goes_on
+
+    def _greeted(self) -> bool:
+        """Begin TLS; false if the client does not, or does not as it should."""
+        try:
+            self.socket.do_handshake()
+        except OSError as error:
+            LOG.debug("no TLS with %s: %s", self.remote_addr, error)
+            if getattr(error, "reason", "") == "HTTP_REQUEST":
+                self._answer_plainly()
+            return False
+        return True
+
+    def _answer_plainly(self) -> None:
+        """Tell who does not know it that this port speaks TLS."""
+        self.socket = socket.socket(fileno=self.socket.detach())
+        self.socket.settimeout(_SILENT_SECONDS)
+        with suppress(OSError):
+            self.socket.sendall(_NOT_TLS)
+            _linger(self.socket)
+
+
+def _linger(connection: socket.socket) -> None:
+    """A connection closed with bytes unread is reset, and the answer with it: read on for a while."""
+    deadline = time.monotonic() + _LINGER_SECONDS
+    with suppress(OSError):
+        if not isinstance(connection, ssl.SSLSocket):
+            connection.shutdown(socket.SHUT_WR)
+        connection.settimeout(_LINGER_SECONDS)
+        left = _LINGER_BYTES
+        while left > 0 and time.monotonic() < deadline and (piece := connection.recv(_PIECE)):
+            left -= len(piece)
+
+
+class _Encrypted(Adapter):
+    """How a connection is encrypted: with what ``context`` is when it comes."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self.context = context
+
+    def bind(self, sock: socket.socket) -> socket.socket:
+        return sock
+
+    def wrap(self, sock: socket.socket) -> tuple[ssl.SSLSocket, dict[str, str]]:
+        try:
+            return self.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False), {}
+        except (OSError, ValueError) as error:  # it is gone already
+            raise FatalSSLAlert(*error.args) from error
+
+    def get_environ(self) -> dict[str, str]:
+        return {}
+
+    def makefile(self, sock: socket.socket, mode: str = "r", bufsize: int = -1) -> Any:
+        return (StreamReader if "r" in mode else StreamWriter)(sock, mode, bufsize)
 
 
 class Server(CherootServer):
@@ -82,8 +146,9 @@ class Server(CherootServer):
         self.max_request_header_size = _HEADER_BYTES
         most = options.threads + options.waiters + options.transfers + _SPARE
         self.requests = _Threads(self, min=options.threads, max=most)
+        self.keep_alive_conn_limit = most
         if options.tls:
-            self.ssl_adapter = _tls(*options.tls)
+            self.ssl_adapter = _Encrypted(context_of(*options.tls))
         try:
             self.prepare()
         except OSError as error:
@@ -99,6 +164,24 @@ class Server(CherootServer):
         host, port = self.bind_addr[:2]
         scheme = "https" if self.ssl_adapter else "http"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def renew(self, options: Options) -> None:
+        """Show the certificate that the files have now to whoever connects from now on.
+
+        :raises UsageError: they cannot be used; the one before stays.
+        """
+        if options.tls and self.ssl_adapter:
+            self.ssl_adapter.context = context_of(*options.tls)
+
+    def process_conn(self, conn: HTTPConnection) -> None:
+        """Have a thread answer a connection; a new one when its first byte is there."""
+        if conn.last_used is None:
+            self._connections.put(conn)  # type: ignore[attr-defined]
+        else:
+            super().process_conn(conn)
+
+    def error_log(self, msg: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
+        LOG.log(level, "%s", msg, exc_info=traceback)
 
     def bind_unix_socket(self, path: str) -> None:
         """Bind a socket that only its owner can open, from the first moment on."""
@@ -126,15 +209,6 @@ class _Threads(ThreadPool):
         if self.idle <= self.qsize:
             self.grow(1)
         super().put(connection)
-
-
-def _tls(certificate: Path, key: Path) -> BuiltinSSLAdapter:
-    try:
-        adapter = BuiltinSSLAdapter(str(certificate), str(key))
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(f"tls_certificate, tls_key: {error}", hint="both are PEM files") from error
-    adapter.context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return adapter
 
 
 def _remove_dead(place: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from oslo_policy.policy import RuleDefault
+
 from cloudlet.api.handlers import apps, bases, events, instances, operations, overlays, site, webhooks
 from cloudlet.api.operation import Operation
-from cloudlet.api.policy import ADMIN, ANYBODY, MEMBER, OWNER, PUBLISHER, READER, VISIBLE
+from cloudlet.api.policy import ADMIN, ANYBODY, MEMBER, OWNER, PERSONAS, PUBLISHER, READER, VISIBLE, rules
 from cloudlet.store.rows import APPS, BASES, INSTANCES, OPERATIONS, OVERLAYS, WEBHOOKS
 
 _BYTES, _TEXT = "application/octet-stream", "text/plain"
@@ -18,13 +20,15 @@ TABLE: tuple[Operation, ...] = (
     Operation("GET",    "/healthcheck",                       site.healthcheck,       ANYBODY, status=204, public=True),
     Operation("GET",    "/metrics",                           site.metrics,           ANYBODY, public=True, media=_TEXT),
     Operation("GET",    "/v1/cloudlets/self",                 site.show,              READER),
+    Operation("PATCH",  "/v1/cloudlets/self",                 site.update,            ADMIN),
 
     Operation("GET",    "/v1/bases",                          bases.list,             READER),
-    Operation("POST",   "/v1/bases",                          bases.create,           PUBLISHER, status=201),
+    Operation("POST",   "/v1/bases",                          bases.create,           PUBLISHER, status=201, statuses=(202,)),
     Operation("GET",    "/v1/bases/{base_id}",                bases.show,             READER,  BASES),
     Operation("DELETE", "/v1/bases/{base_id}",                bases.delete,           ADMIN,   BASES, status=204),
     Operation("PUT",    "/v1/bases/{base_id}/file",           bases.upload,           OWNER,   BASES, status=202),
     Operation("HEAD",   "/v1/bases/{base_id}/file",           bases.upload_offset,    OWNER,   BASES),
+    Operation("GET",    "/v1/bases/{base_id}/file",           bases.download,         READER,  BASES, statuses=(206,), media=_BYTES),
 
     Operation("GET",    "/v1/overlays",                       overlays.list,          READER),
     Operation("POST",   "/v1/overlays",                       overlays.create,        MEMBER,  status=201),
@@ -64,3 +68,8 @@ TABLE: tuple[Operation, ...] = (
     Operation("DELETE", "/v1/webhooks/{webhook_id}",          webhooks.delete,        OWNER,   WEBHOOKS, status=204),
 )
 # fmt: on
+
+
+def list_rules() -> list[RuleDefault]:
+    """All rules of policy, for oslopolicy-sample-generator."""
+    return [*PERSONAS, *rules(TABLE)]

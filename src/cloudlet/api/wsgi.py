@@ -101,14 +101,16 @@ def _refuse(dispatcher: Dispatcher, response: falcon.Response, error: Exception)
 
 
 def _send(response: falcon.Response, answer: Response) -> None:
+    # First, for it may be refused.
+    pieces = _Pieces(answer.stream) if answer.stream else None
     response.status = str(answer.status)
     response.set_headers(answer.headers)
-    if answer.stream is None:
+    if pieces is None or answer.stream is None:
         response.data = answer.content
         if not answer.content and "Content-Length" in answer.headers:
             response.data = None
         return
-    response.stream = _Pieces(answer.stream)
+    response.stream = pieces
     if answer.stream.length is not None:
         response.content_length = answer.stream.length
 

@@ -1,4 +1,4 @@
-"""A state folder has one server, and what must not happen beside one waits for none."""
+"""A state folder has one server, or several that share a job board; and what must happen beside none."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from cloudlet.errors import ConflictError
 
 
 @contextmanager
-def only_server(folder: Path) -> Iterator[None]:
-    """Be the only server of a state folder.
+def only_server(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Be the only server of a state folder, or one of those that share it.
 
     :raises ConflictError: there is one.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor = os.open(folder / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        _lock(descriptor, folder)
+        _lock(descriptor, folder, shared)
         yield
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def _lock(descriptor: int, folder: Path, shared: bool) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ConflictError(
             f"{folder} is served already", hint="stop that server, or name another folder with --state-dir"

@@ -8,12 +8,12 @@ import signal
 import sys
 import threading
 
-from oslo_config import cfg
 from oslo_log import log
 
 from cloudlet.api import identity
 from cloudlet.api.server import Server
 from cloudlet.api.service import build
+from cloudlet.cli import logs
 from cloudlet.cli.command import CloudletCommand
 from cloudlet.cli.exclusive import only_server
 from cloudlet.errors import CloudletError, ExitCode
@@ -45,8 +45,8 @@ class Serve(CloudletCommand):
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         options = self._options(parsed_args.listen)
-        _begin_log(self.app.quiet)
-        with only_server(options.machine.state_dir):
+        logs.begin(quiet=self.app.quiet)
+        with only_server(options.machine.state_dir, shared=bool(options.job_board)):
             if options.auth_strategy == "http_basic" and (first := identity.first_user(options.users_file)):
                 # On standard output, and nowhere else, not even in the log.
                 print(f"user {first[0]}, password {first[1]} (told only now)", flush=True)
@@ -66,31 +66,26 @@ class Serve(CloudletCommand):
         return read_options(read_files(self.app.options.config_file), self.app.settings, listen)
 
     def _hear(self, server: Server, site: ServedSite, listen: str | None) -> None:
+        def stop() -> None:
+            site.news.close()
+            server.stop()
+
         def end(*_: object) -> None:
             # Not here: the thread that serves may hold a lock that stopping needs.
-            threading.Thread(target=server.stop, name="stop").start()
+            threading.Thread(target=stop, name="stop").start()
 
         def reload(*_: object) -> None:
-            threading.Thread(target=self._reload, args=(site, listen), name="reload").start()
+            threading.Thread(target=self._reload, args=(server, site, listen), name="reload").start()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, end)
         signal.signal(signal.SIGHUP, reload)
 
-    def _reload(self, site: ServedSite, listen: str | None) -> None:
+    def _reload(self, server: Server, site: ServedSite, listen: str | None) -> None:
         try:
-            site.reload(self._options(listen))
-            LOG.info("limits and leases were read again")
+            options = self._options(listen)
+            server.renew(options)
+            site.reload(options)
+            LOG.info("limits, leases and the certificate were read again")
         except CloudletError as error:
             LOG.error("the settings stay as they were: %s", error)
-
-
-def _begin_log(quiet: bool) -> None:
-    conf = cfg.ConfigOpts()
-    log.register_options(conf)
-    conf(args=[], project="cloudlet", default_config_files=[], default_config_dirs=[])
-    conf.set_override("use_stderr", True)
-    silent = ("taskflow", "sqlalchemy", "alembic", "oslo_db", "cheroot", "keystonemiddleware")
-    levels = [f"{name}=WARNING" for name in silent]
-    conf.set_override("default_log_levels", [*levels, "cloudlet=WARNING" if quiet else "cloudlet=INFO"])
-    log.setup(conf, "cloudlet")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
 
 from oslo_config import cfg
@@ -19,6 +20,7 @@ from cloudlet.api.identity import read_users
 from cloudlet.api.policy import Policy
 from cloudlet.api.service import tokens_of
 from cloudlet.api.table import TABLE
+from cloudlet.api.tls import context_of, ends_at
 from cloudlet.cli.manage.database import SYNC, version_of
 from cloudlet.control.site import DRIVERS
 from cloudlet.errors import CloudletError, NotFoundError, RefusedError, of_the_system
@@ -28,6 +30,7 @@ from cloudlet.settings import settings_of, unread, usual_files
 from cloudlet.store.database import latest_version
 
 _CANNOT_LOOK = 255
+_SOON = timedelta(days=14)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _settings(options: Options) -> Result:
+    if options.publish_address in ("0.0.0.0", "::"):
+        said = (
+            f"users are told {options.publish_address} as the address of instances: set [api] publish_address"
+        )
+        return Result(Code.WARNING, said)
     return Result(Code.SUCCESS, f"state in {options.machine.state_dir}")
 
 
@@ -50,6 +58,18 @@ def _identity(options: Options) -> Result:
     if options.auth_strategy == "http_basic" and not read_users(options.users_file):
         return Result(Code.WARNING, f"no users in {options.users_file}: cloudlet-manage user set NAME")
     return Result(Code.SUCCESS, options.auth_strategy)
+
+
+def _certificate(options: Options) -> Result:
+    if not options.tls:
+        if options.listening.path or options.listening.host.startswith(("127.", "::1", "localhost")):
+            return Result(Code.SUCCESS, "none: only this machine is served")
+        return Result(Code.WARNING, "none: passwords and tokens can be read on their way")
+    context_of(*options.tls)
+    ends = ends_at(options.tls[0])
+    soon = ends - datetime.now(UTC) < _SOON
+    said = f"{'ends' if ends > datetime.now(UTC) else 'ended'} at {ends:%Y-%m-%d %H:%M} UTC"
+    return Result(Code.WARNING if soon else Code.SUCCESS, said)
 
 
 def _database(options: Options) -> Result:
@@ -108,6 +128,7 @@ class Checks(UpgradeCommands):
         for name, look in {
             "Settings": _settings,
             "Who may call": _identity,
+            "Certificate": _certificate,
             "Database": _database,
             "Folders": _folders,
             "Hypervisor": _hypervisor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import openstack.config
 from keystoneauth1.http_basic import HTTPBasicAuth
@@ -12,7 +13,7 @@ from keystoneauth1.session import Session
 from openstack.connection import Connection
 
 import cloudlet
-from cloudlet.client.faults import translated
+from cloudlet.client.faults import LostError, translated
 from cloudlet.client.proxy import Proxy
 from cloudlet.client.service import site_of
 from cloudlet.client.unix import UnixAdapter
@@ -34,17 +35,26 @@ def connect(
     :raises UsageError: that is not an address.
     :raises LostError: no cloudlet is there.
     """
-    return site_of(Connection(session=session_of(endpoint, user, password, verify)), endpoint)
+    session = session_of(endpoint, user, password, verify)
+    try:
+        return site_of(Connection(session=session), endpoint)
+    except LostError:
+        if endpoint.startswith("https://"):  # who looks for a service does not say why none was found
+            with translated(endpoint):
+                session.get(endpoint, authenticated=False, raise_exc=False)
+        raise
 
 
-def connect_cloud(name: str) -> Proxy:
+def connect_cloud(name: str, cacert: str | None = None) -> Proxy:
     """A site by the name of a cloud in ``clouds.yaml``; ``envvars`` means what ``OS_...`` variables say.
 
+    :param cacert: a file of certificates to trust; else what is said there.
     :raises UsageError: there is no such cloud.
     """
     with translated(f"cloud {name}"):
         try:
-            region = openstack.config.OpenStackConfig().get_one(cloud=name)
+            given: dict[str, Any] = {"cacert": cacert} if cacert else {}
+            region = openstack.config.OpenStackConfig().get_one(cloud=name, **given)
         except openstack.exceptions.ConfigException as error:
             raise UsageError(str(error), hint="name a cloud that is in clouds.yaml") from error
     return site_of(Connection(config=region), f"cloud {name}")

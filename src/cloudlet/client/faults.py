@@ -5,6 +5,7 @@ The last part of an error's code says what kind it is; where that is not known, 
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,11 +28,13 @@ REASONS: Mapping[str, type[CloudletError]] = {
     "not_found": errors.NotFoundError,
     "no_such_path": errors.NotFoundError,
     "conflict": errors.ConflictError,
+    "changed": errors.ConflictError,
     "invalid": UsageError,
     "not_acceptable": UsageError,
     "range": UsageError,
     "method": UsageError,
     "no_capacity": errors.CapacityError,
+    "draining": errors.DrainingError,
     "busy": errors.CapacityError,
     "too_large": errors.TooLargeError,
     "truncated": errors.TruncatedError,
@@ -93,6 +96,11 @@ def translated(where: str = "the site") -> Iterator[None]:
     """
     try:
         yield
+    except keystone.SSLError as error:
+        raise LostError(
+            f"the certificate of {where} is not trusted: {_verdict(error)}",
+            hint="name a file of certificates to trust: --os-cacert",
+        ) from error
     except (keystone.ConnectFailure, keystone.DiscoveryFailure) as error:
         raise LostError(
             f"no cloudlet answers at {where}", hint="start one with: cloudlet serve; or name another place"
@@ -103,6 +111,13 @@ def translated(where: str = "the site") -> Iterator[None]:
         raise _STATUSES.get(error.http_status or 0, FailedError)(str(error)) from error
     except (keystone.ClientException, sdk.SDKException, requests.exceptions.RequestException) as error:
         raise FailedError(f"{where}: {error}") from error
+
+
+def _verdict(error: BaseException | None) -> str:
+    """What was found wrong with a certificate, deep below."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error.verify_message if error else "TLS did not begin"
 
 
 def _error(kind: type[CloudletError], detail: str) -> CloudletError:

@@ -33,6 +33,14 @@ class Proxy(Publishing):
         """The site itself: what it is, what it may give, what it has given."""
         return self._get(Cloudlet, "self")
 
+    def update_cloudlet(self, **changes: Any) -> Cloudlet:
+        """Change the site, as its operator.
+
+        :param changes: ``state``: ``draining``, so that it admits no new instance, or ``up`` again.
+        """
+        answer = self.patch("/cloudlets/self", json={"cloudlet": changes})
+        return Cloudlet.existing(connection=self._connection, **answer.json()["cloudlet"])
+
     def instances(self, **query: Any) -> Iterator[Instance]:
         """All instances with these values."""
         return self._listed(Instance, query)

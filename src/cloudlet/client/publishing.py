@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cloudlet.client import transfers
-from cloudlet.client.asking import Asking, id_of
+from cloudlet.client.asking import Asking, id_of, retry_headers
 from cloudlet.client.resources import App, Base, Operation, Overlay
 from cloudlet.client.transfers import Progress
 from cloudlet.errors import ConflictError
@@ -41,6 +41,26 @@ class Publishing(Asking):
             return self._begun(answer)
         imports = self._listed(Operation, {"kind": "base.import", "sort": "created_at:desc"})
         return next(operation for operation in imports if operation.resources["base"] == key)
+
+    def fetch_base(self, url: str, name: str | None = None, *, retry_key: str | None = None) -> Operation:
+        """Have the site fetch a base's exported file; ``resources["base"]`` of the operation is its id.
+
+        :param name: what to call it there; without, as the file says.
+        """
+        wanted = {"url": url, **({"name": name} if name else {})}
+        headers = retry_headers(retry_key)
+        return self._begun(self.post("/bases", json={"base": wanted}, headers=headers))
+
+    def download_base(self, base: str | Base, target: Path, progress: Progress | None = None) -> Base:
+        """Fetch the exported file of a base, on from where an earlier try ended, and check it.
+
+        :raises CorruptError: it is not what the site says it is.
+        """
+        found = self.get_base(id_of(base))
+        url = f"/bases/{found.id}/file"
+        digest, size = transfers.described(self, url)
+        transfers.download(self, url, target, digest, size, progress)
+        return found
 
     def delete_base(self, base: str | Base) -> None:
         self._delete(Base, id_of(base), ignore_missing=False)
@@ -99,9 +119,15 @@ class Publishing(Asking):
     def find_app(self, name_or_id: str) -> App:
         return self._named(App, name_or_id)
 
-    def create_app(self, name: str, overlay: str | Overlay, **attributes: Any) -> App:
-        """Publish an app of an overlay."""
-        return self._made(App, {"name": name, "components": [{"overlay_id": id_of(overlay)}], **attributes})
+    def create_app(
+        self, name: str, overlay: str | Overlay, component: Mapping[str, Any] | None = None, **attributes: Any
+    ) -> App:
+        """Publish an app of an overlay.
+
+        :param component: what else there is to say of its VM: ``ports``, ``readiness``.
+        """
+        components = [{"overlay_id": id_of(overlay), **(component or {})}]
+        return self._made(App, {"name": name, "components": components, **attributes})
 
     def update_app(self, app: str | App, **changes: Any) -> App:
         """Change an app; what runs of it stays as it is."""

@@ -30,7 +30,8 @@ _DOWN = 64 << 10
 _PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Seconds before each further try that brought nothing; a site needs ten to see that a client has gone."""
 _VERIFYING = (10.0, 1800.0)
-"""Seconds to connect, and for the answer: the last byte's comes when all bytes have been verified."""
+"""Seconds to connect, and for the answer: to the last byte it comes when all bytes have been verified, and of
+what the site packs when it has done that."""
 
 
 def digest_of(file: Path, progress: Progress | None = None) -> str:
@@ -70,6 +71,13 @@ def upload(
                 raise
             before, here = here, _received(site, url)
             patience.moved(here > before)
+
+
+def described(site: Adapter, url: str) -> tuple[str, int]:
+    """The BLAKE3 digest and the size of a file that a site packs as it sends it."""
+    headers = {"Accept": "*/*", "Range": "bytes=0-0"}
+    answer = site.get(url, headers=headers, timeout=_VERIFYING)
+    return answer.headers["ETag"].strip('"'), int(answer.headers["Content-Range"].rpartition("/")[2])
 
 
 def download(

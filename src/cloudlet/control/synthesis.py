@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cloudlet.control import identity
 from cloudlet.control.delivery import PATIENCE, Delivery
@@ -22,7 +22,7 @@ from cloudlet.control.site import Site
 from cloudlet.control.start import Choice, Start, choose
 from cloudlet.errors import CloudletError, NotFoundError
 from cloudlet.hypervisor.driver import Arriving, Incoming, Instance, Layer, Paging
-from cloudlet.model import PublishedPort, ReadinessKind
+from cloudlet.model import PublishedPort, Readiness, ReadinessKind
 from cloudlet.overlay.apply import apply
 from cloudlet.overlay.arrival import Arrival
 from cloudlet.overlay.pagemap import PageMap
@@ -85,6 +85,10 @@ class Request:
 
     ports: Sequence[PublishedPort] = ()
     """How to publish the app's ports; those not named get free ones on the loopback address."""
+    only_these: bool = False
+    """Not those not named."""
+    ready: Readiness | None = None
+    """When the app answers, if it is not when its overlay says."""
     allow_unsigned: bool = False
     start: Start | None = None
     """What to wait for before the machine resumes; None chooses."""
@@ -112,7 +116,7 @@ def synthesise(
     timings = Timings()
     reader = OverlayReader(source, site.keys.verify, allow_unsigned=request.allow_unsigned)
     timings.mark("root")
-    root = reader.root
+    root = _as_wanted(reader.root, request)
     base = _base_of(site, root)
     site.hypervisor.check(root.machine)
     root.check_base(base.id, base.machine, base.description.sections)
@@ -163,7 +167,7 @@ def _start(
     arrived: Callable[[], None] | None,
 ) -> tuple[Incoming, Started]:
     """The machine, running, by the way that fits; ``stack`` ends it."""
-    ports = _publish(reader.root, request.ports)
+    ports = _publish(_as_wanted(reader.root, request), request.ports)
     image = site.images.find(reader.identity) if request.use_image and not request.start else None
     if image and (read := image.read(reader.root)):
         with suppress(NotFoundError, FileNotFoundError):  # it went meanwhile, for another's sake
@@ -295,6 +299,17 @@ def resume_base(
 def _no_pages() -> PageMap:
     nothing = runs_of(PageSource.empty().numbers)
     return PageMap(nothing, nothing)
+
+
+def _as_wanted(root: Root, request: Request) -> Root:
+    """What the overlay says of the app, but for what is wanted otherwise of this machine."""
+    app = root.app
+    if request.ready:
+        app = replace(app, ready=request.ready)
+    if request.only_these:
+        named = {port.guest_port for port in request.ports}
+        app = replace(app, ports=tuple(port for port in app.ports if port.port in named))
+    return root if app is root.app else replace(root, app=app)
 
 
 def _base_of(site: Site, root: Root) -> Base:

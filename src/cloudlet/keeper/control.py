@@ -21,6 +21,9 @@ from cloudlet.keeper.wire import Line
 
 SOCKET, STATUS = "control.sock", "status.json"
 
+_LOOK_SECONDS = 10.0
+"""How often to look whether those are still there who have nothing to say, but want to know all."""
+
 Progress = Callable[[int, int], None]
 Command = Callable[[Mapping[str, Any], Progress], dict[str, Any]]
 """Does what is asked, with the arguments of the message, and gives its answer."""
@@ -76,12 +79,14 @@ class Control:
 
     def _watched(self, line: Line) -> None:
         seen = -1
-        while True:
+        while not line.closed:
             with self._changed:
-                while self._number == seen:
-                    self._changed.wait()
-                seen, status = self._number, self.status
-            line.send(status.to_json())
+                if self._number == seen:
+                    # Nobody says that a site has ended that waited for news.
+                    self._changed.wait(_LOOK_SECONDS)
+                news, seen, status = self._number != seen, self._number, self.status
+            if news:
+                line.send(status.to_json())
 
     def _do(self, line: Line, message: Mapping[str, Any]) -> None:
         def progress(done: int, total: int) -> None:

@@ -61,6 +61,15 @@ def is_kept(folder: Path) -> bool:
         os.close(lock)
 
 
+def generation(folder: Path) -> tuple[int, int] | None:
+    """Which of the keepers it is that have had a folder by this name; None if there is none."""
+    try:
+        lock = (folder / _LOCK).stat()
+    except FileNotFoundError:
+        return None
+    return lock.st_ino, lock.st_ctime_ns
+
+
 def remove(folder: Path) -> None:
     """Remove the folder of a keeper that has ended."""
     shutil.rmtree(folder, ignore_errors=True)

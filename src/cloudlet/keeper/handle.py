@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +36,9 @@ _START_SECONDS = 20.0
 _END_SECONDS = 30.0
 _LOOK_SECONDS = 0.01
 
-Told = Callable[[str, Status], None]
-"""Told, from the watching thread, of an instance's id and its new status; once the last is ``ENDED``."""
+Told = Callable[[str, Status | None], None]
+"""Told, from the watching thread, of an instance's id and its new status; once the last is ``ENDED``. None if
+its keeper has gone without a trace: somebody else has ended it."""
 Progress = Callable[[int, int], None]
 
 
@@ -45,6 +46,8 @@ Progress = Callable[[int, int], None]
 class _Watched:
     instance_id: str
     connection: socket.socket
+    generation: tuple[int, int] | None
+    """Which of an instance's keepers it is, that follow each other."""
     unread: bytes = b""
 
 
@@ -82,18 +85,29 @@ class Keepers:
             self._fork(folder)
         self._adopt(instance_id, folder)
 
-    def adopt(self) -> set[str]:
+    def adopt(self, besides: Collection[str] = ()) -> set[str]:
         """Watch all keepers that live, whoever started them, and tell of those that have ended; their ids."""
         if not self._folder.exists():
             return set()
-        found = {path.name: path for path in self._folder.iterdir() if path.is_dir()}
-        for instance_id, folder in found.items():
-            if folders.is_kept(folder):
-                with suppress(CloudletError):  # it ends just now: its last word is told like any other
-                    self._adopt(instance_id, folder)
-            elif status := self._last_status(folder):
-                self._told(instance_id, status)
-        return set(found)
+        found = {path.name for path in self._folder.iterdir() if path.is_dir()}
+        for instance_id in found.difference(besides):
+            with suppress(CloudletError):  # it ends just now: its last word is told like any other
+                self.watch(instance_id)
+        return found
+
+    def watch(self, instance_id: str) -> bool:
+        """Watch the keeper of an instance, whoever started it, and tell if it has ended; whether it lives.
+
+        :raises FailedError: it does not answer.
+        """
+        folder = self._folder / instance_id
+        if folders.is_kept(folder):
+            if instance_id not in self._watched:
+                self._adopt(instance_id, folder)
+            return True
+        if status := self._last_status(folder):
+            self._told(instance_id, status)
+        return False
 
     def lives(self, instance_id: str) -> bool:
         """Whether an instance has a living keeper."""
@@ -223,10 +237,8 @@ class Keepers:
         Line(connection).send({"do": "watch"})
         connection.setblocking(False)
         with self._lock:
-            if instance_id in self._watched:
-                connection.close()
-                return
-            self._watched[instance_id] = _Watched(instance_id, connection)
+            # In the place of one before it, whose end was not heard yet.
+            self._watched[instance_id] = _Watched(instance_id, connection, folders.generation(folder))
         self._wake()
 
     def _wake(self) -> None:
@@ -282,8 +294,10 @@ class Keepers:
             forgotten = self._watched.get(watched.instance_id) is not watched
             if not forgotten:
                 del self._watched[watched.instance_id]
-        if not forgotten and (last := self._last_status(self._folder / watched.instance_id)):
-            self._told(watched.instance_id, last)
+        folder = self._folder / watched.instance_id
+        if forgotten or folders.generation(folder) not in (None, watched.generation):
+            return
+        self._told(watched.instance_id, self._last_status(folder))
 
     def _last_status(self, folder: Path) -> Status | None:
         """The last status of a keeper that has gone, or is about to."""

@@ -25,6 +25,10 @@ class Order:
     allow_unsigned: bool = False
     use_image: bool = True
     patience: float = PATIENCE
+    only_these: bool = False
+    """Whether no other port of the app is published."""
+    ready: str = ""
+    """When the app answers, if it is not when its overlay says."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -104,6 +108,7 @@ def settings_to_json(settings: Settings) -> dict[str, Any]:
 
 def settings_from_json(data: Mapping[str, Any]) -> Settings:
     known: dict[str, Any] = {
-        name: Path(value) if name.endswith("_dir") else value for name, value in data.items()
+        name: Path(value) if name.endswith("_dir") else tuple(value) if isinstance(value, list) else value
+        for name, value in data.items()
     }
     return Settings(**known)

@@ -29,7 +29,9 @@ from cloudlet.hypervisor.driver import Instance, RunState
 from cloudlet.keeper.control import Control, Progress
 from cloudlet.keeper.folder import ORDER, take
 from cloudlet.keeper.order import KeeperState, Order, describe
+from cloudlet.model import Readiness
 from cloudlet.settings import Settings
+from cloudlet.transfer.networks import Networks
 from cloudlet.transfer.source import open_source
 
 _TOLD_SECONDS = 0.25
@@ -89,9 +91,12 @@ class Keeper:
             allow_unsigned=order.allow_unsigned,
             use_image=order.use_image,
             patience=order.patience,
+            only_these=order.only_these,
+            ready=Readiness.parse(order.ready) if order.ready else None,
         )
+        networks = Networks(self._settings.fetch_networks)
         with (
-            open_source(order.source, io.BytesIO(), patience=order.patience) as source,
+            open_source(order.source, io.BytesIO(), patience=order.patience, networks=networks) as source,
             synthesise(
                 site,
                 source,

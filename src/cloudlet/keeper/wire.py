@@ -42,6 +42,16 @@ class Line:
         while (message := self.receive()) is not None:
             yield message
 
+    @property
+    def closed(self) -> bool:
+        """Whether the other end has gone; only where nothing is sent here that was not read."""
+        try:
+            return not self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def close(self) -> None:
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)

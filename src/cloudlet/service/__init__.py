@@ -13,10 +13,19 @@ overlays.py     the way of an overlay into the site
 bases.py        the way of a base
 apps.py         descriptors, and what is brought here before it is needed
 work.py         operations: long work that survives a crash and can be undone
+steps.py        what operations consist of
 flows.py        which steps each kind of operation has
+engine.py       how steps are run, and remembered
+board.py        the job board from which several processes take operations
+conductor.py    who takes them
+alone.py        being alone with something, among threads and processes
+housekeeping.py what one process does for all
+shutdown.py     the machine is shut down, and is back
 leases.py       what time does to instances
 webhooks.py     events that are pushed, until they arrive or are given up
+push.py         one push
 tidying.py      what is forgotten when it is old
 news.py         who waits for what, in memory
+meters.py       what was measured, for Prometheus
 ==============  ================================================================
 """

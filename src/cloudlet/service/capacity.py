@@ -1,7 +1,8 @@
 """What fits: the site's limits, kept under a lock, so that no race exceeds them.
 
 An instance's row is its reservation. It is written in a transaction that first locks one row of the database,
-which all who admit do; so what is counted is true until the row stands.
+which all who admit do; so what is counted is true until the row stands. Under the same lock the site begins
+and ceases to admit: who asks after that was changed is refused by every process of the site.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from cloudlet.errors import CapacityError, TooLargeError
+from cloudlet.errors import CapacityError, DrainingError, TooLargeError
 from cloudlet.model import format_bytes
 from cloudlet.service.options import Limits
-from cloudlet.store import tables
-from cloudlet.store.rows import FileState, InstanceState
+from cloudlet.store import facts, journal, tables
+from cloudlet.store.rows import SITE, CloudletState, FileState, InstanceState, Owned
 
-_LOCK = "capacity"
+_LOCK, _STATE = "capacity", "state"
+SHUTDOWN = "shutdown"
+"""The fact that the machine is about to be shut down."""
 _TAKES_NOTHING = (InstanceState.FAILED, InstanceState.SUSPENDED)
 
 
@@ -49,12 +52,37 @@ def used(connection: Connection) -> Usage:
     return Usage(*(int(value) for value in connection.execute(query).one()))
 
 
-def admit(connection: Connection, limits: Limits, wanted: Usage) -> None:
-    """Whether so much more fits. The caller writes its row in the same transaction.
+def state(connection: Connection) -> CloudletState:
+    """Whether the site admits new instances."""
+    return CloudletState.DRAINING if facts.read(connection, SHUTDOWN) else _wanted(connection)
 
-    :raises CapacityError: it does not; the message says what is missing.
+
+def become(connection: Connection, wanted: CloudletState, by: Owned) -> None:
+    """Have the site admit new instances, or none, from the end of the transaction on; an event says so.
+
+    :param by: the site's id, and who wants it.
     """
     lock(connection)
+    if _wanted(connection) is not wanted:
+        facts.write(connection, _STATE, wanted)
+        journal.emit(connection, "cloudlet", wanted, by)
+
+
+def _wanted(connection: Connection) -> CloudletState:
+    """What its operator said last."""
+    return CloudletState(facts.read(connection, _STATE) or CloudletState.UP)
+
+
+def admit(connection: Connection, limits: Limits, wanted: Usage, *, even_draining: bool = False) -> None:
+    """Whether so much more fits. The caller writes its row in the same transaction.
+
+    :param even_draining: it is nothing new, and comes back also to a site that is being emptied.
+    :raises DrainingError: the site is being emptied.
+    :raises CapacityError: it does not fit; the message says what is missing.
+    """
+    lock(connection)
+    if not even_draining and state(connection) is CloudletState.DRAINING:
+        raise DrainingError("the site is being emptied, and admits no instance")
     have = used(connection)
     missing = []
     for name, limit, taken, more in (
@@ -95,4 +123,22 @@ def admit_upload(
         raise TooLargeError(
             f"the project may upload {format_bytes(left)} more, not {format_bytes(size)}",
             hint="delete overlays that are not needed, or ask the provider for more",
+        )
+
+
+def admit_base(connection: Connection, limits: Limits, size: int, replaces: int = 0) -> None:
+    """Whether so many bytes more of bases may come; the caller writes the size in the same transaction.
+
+    :raises TooLargeError: they may not.
+    """
+    lock(connection)
+    bases = tables.bases.c
+    total = sa.func.coalesce(sa.func.sum(bases.size), 0)
+    brought = sa.select(total).where(bases.user_id != SITE, bases.state != FileState.REJECTED)
+    taken = int(connection.execute(brought).scalar_one()) - replaces
+    if taken + size > limits.base_upload_bytes:
+        left = max(0, limits.base_upload_bytes - taken)
+        raise TooLargeError(
+            f"the site takes {format_bytes(left)} more of bases, not {format_bytes(size)}",
+            hint="ask its operator to delete some, or to raise base_upload_mib",
         )

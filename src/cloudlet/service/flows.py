@@ -16,7 +16,7 @@ from cloudlet.errors import CloudletError, ConflictError, NotFoundError
 from cloudlet.keeper.order import KeeperState, Order, Status, describe, raised
 from cloudlet.service import overlays
 from cloudlet.service.keeping import endpoints_of
-from cloudlet.service.work import Flow, Running, Step
+from cloudlet.service.steps import Flow, Running, Step
 from cloudlet.store import journal
 from cloudlet.store.rows import INSTANCES, OVERLAYS, Instance, InstanceState
 
@@ -61,11 +61,7 @@ class Start(_OfInstance):
         order = Order.from_json(instance.order)
         if instance.overlay_id:
             order = self.site.overlays.order(instance.overlay_id, order)
-        status = self.site.keeping.status(self.instance_id)
-        if status and status.state is KeeperState.ENDED:
-            # Of an earlier try, or of the machine that is to be started again.
-            self.site.keeping.end(self.instance_id)
-        self.site.keeping.keepers.start(self.instance_id, order)
+        self.site.keeping.start(self.instance_id, order)
 
     def undo(self) -> None:
         self.site.keeping.end(self.instance_id)
@@ -85,6 +81,7 @@ class Synthesise(_OfInstance):
             InstanceState.ACTIVE, "active",
             endpoints=endpoints_of(status), timings=dict(status.timings), error=None,
         )  # fmt: skip
+        self.site.meters.synthesised(status.timings)
         self.site.instances.begin_lease(self.instance_id)
         # It may have ended since it said that it is ready, when nobody took it for one that runs.
         self.site.keeping.look_again(self.instance_id)
@@ -207,10 +204,7 @@ class Resume(Start):
         instance = self.instance()
         file = self.site.instances.suspended_file(self.instance_id)
         order = Order.from_json({**instance.order, "source": str(file), "use_image": False})
-        status = self.site.keeping.status(self.instance_id)
-        if status and status.state is KeeperState.ENDED:
-            self.site.keeping.end(self.instance_id)
-        self.site.keeping.keepers.start(self.instance_id, order)
+        self.site.keeping.start(self.instance_id, order)
 
 
 class Resumed(Synthesise):
@@ -235,20 +229,44 @@ class Fetch(Step):
             return
         file = self.site.blobs.staging(f"fetch-{overlay_id}")
         assert overlay.url
-        overlays.download(overlay.url, file, self.running.progress)
+        overlays.download(overlay.url, file, self.site.options.fetch_networks, self.running.progress)
         self.site.overlays.finish(overlay_id, file, self.running.progress)
 
     def undo(self) -> None:
         self.site.blobs.staging(f"fetch-{self.operation.resources['overlay']}").unlink(missing_ok=True)
 
 
+class FetchBase(Step):
+    """Bring the file of a base here from its URL."""
+
+    step = "fetch"
+
+    def do(self) -> None:
+        base_id, bases = self.operation.resources["base"], self.site.bases
+        if not bases.staged(base_id).exists():  # else it was fetched before a crash
+            part = self._part()
+            overlays.download(
+                self.operation.input["url"], part, self.site.options.fetch_networks, self.running.progress,
+                lambda size: bases.reserve(base_id, size),
+            )  # fmt: skip
+            part.replace(bases.staged(base_id))
+
+    def undo(self) -> None:
+        for file in (self._part(), self.site.bases.staged(self.operation.resources["base"])):
+            file.unlink(missing_ok=True)
+
+    def _part(self) -> Path:
+        return self.site.blobs.staging(f"fetch-{self.operation.resources['base']}")
+
+
 class ImportBase(Step):
-    """Unpack the uploaded base, every file of it compared with its digest."""
+    """Unpack the file of a base, every part of it compared with its digest."""
 
     step = "import"
 
     def do(self) -> None:
-        self.site.bases.unpack(self.operation.resources["base"], self.running.progress)
+        named = self.operation.input.get("named", True)
+        self.site.bases.unpack(self.operation.resources["base"], self.running.progress, named=named)
 
 
 def _instance_failed(running: Running, error: CloudletError) -> None:
@@ -299,11 +317,12 @@ def _base_rejected(running: Running, error: CloudletError) -> None:
 FLOWS: dict[str, Flow] = {
     "instance.create": Flow((Start, Synthesise), _instance_failed),
     "instance.restart": Flow((Start, Synthesise), _instance_failed),
-    "instance.delete": Flow((Stop, Forget), can_be_cancelled=False),
+    "instance.delete": Flow((Stop, Forget), can_be_cancelled=False, urgent=True),
     "instance.save": Flow((Save, Keep), _overlay_rejected),
     "instance.suspend": Flow((Suspend, Suspended)),
     "instance.resume": Flow((Resume, Resumed), _still_suspended),
     "base.import": Flow((ImportBase,), _base_rejected),
+    "base.fetch": Flow((FetchBase, ImportBase), _base_rejected),
     "app.prestage": Flow((Fetch,), _not_fetched),
 }
 

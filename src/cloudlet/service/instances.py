@@ -125,9 +125,10 @@ class Instances:
             journal.emit(connection, "instance", "renewed", after, expires_at=_text(after))
             return after, expired
 
-        after, expired = self._site.database.write(renew)
-        if expired:
-            self._site.keeping.keepers.ask(instance.id, "resume")
+        with self._site.keeping.asking(instance.id):
+            after, expired = self._site.database.write(renew)
+            if expired:
+                self._site.keeping.keepers.ask(instance.id, "resume")
         self._site.leases.look()
         return after
 
@@ -141,10 +142,14 @@ class Instances:
         """Stop the machine's CPUs."""
         return self._change(instance, InstanceState.ACTIVE, InstanceState.PAUSED, "paused", "pause")
 
-    def resume(self, instance: Instance) -> Instance | Operation:
-        """Let it run again: at once if it is paused, by an operation if it is suspended."""
+    def resume(self, instance: Instance, *, even_draining: bool = False) -> Instance | Operation:
+        """Let it run again: at once if it is paused, by an operation if it is suspended.
+
+        :param even_draining: it comes back also to a site that is being emptied.
+        :raises CapacityError: it does not fit any more, or the site admits none.
+        """
         if instance.state is InstanceState.SUSPENDED:
-            return self._resume_suspended(instance)
+            return self._resume_suspended(instance, even_draining)
         return self._change(instance, InstanceState.PAUSED, InstanceState.ACTIVE, "resumed", "resume")
 
     def suspend(self, instance: Instance) -> Operation:
@@ -236,8 +241,10 @@ class Instances:
         else:
             raise UsageError("an instance needs app_id, overlay_id or url")
         self._check_base(root)
-        ports = _published(root, asked.ports, self._site.options.publish_address)
         descriptor = asked.app.descriptor if asked.app else {}
+        (component,) = descriptor.get("components", ({},))
+        open_ports = component.get("ports")
+        ports = _published(root, open_ports, asked.ports, self._site.options.publish_address)
         return Instance(
             project_id=asked.project_id,
             user_id=asked.user_id,
@@ -248,7 +255,12 @@ class Instances:
             memory_bytes=root.machine.memory_bytes,
             disk_bytes=root.machine.disk_bytes,
             cpus=root.machine.cpus,
-            order=Order(source=url or "", ports=ports).to_json(),
+            order=Order(
+                source=url or "",
+                ports=ports,
+                only_these=open_ports is not None,
+                ready=component.get("readiness") or "",
+            ).to_json(),
             lease_seconds=self._lease(asked.lease_seconds),
             metadata=dict(asked.metadata or {}),
             restart=bool(descriptor.get("restart", False)),
@@ -282,11 +294,12 @@ class Instances:
             raise UsageError(f"lease_seconds: the longest lease here is {leases.most} s")
         return wanted or None
 
-    def _resume_suspended(self, instance: Instance) -> Operation:
+    def _resume_suspended(self, instance: Instance, even_draining: bool) -> Operation:
         wanted = Usage(1, instance.memory_bytes, instance.cpus, instance.disk_bytes)
 
         def begin(connection: Connection) -> Operation:
-            capacity.admit(connection, self._site.options.limits, wanted)
+            limits = self._site.options.limits
+            capacity.admit(connection, limits, wanted, even_draining=even_draining)
             suspended = {"state": InstanceState.SUSPENDED}
             INSTANCES.update(connection, instance.id, where=suspended, state=InstanceState.SYNTHESISING)
             return self._begin(connection, "instance.resume", instance)
@@ -303,17 +316,18 @@ class Instances:
             journal.emit(connection, "instance", event, after)
             return after
 
-        after = self._site.database.write(change)
-        try:
-            self._site.keeping.keepers.ask(instance.id, ask, timeout=_ASK_SECONDS)
-        except CloudletError:
-            with suppress(CloudletError):
-                self._site.database.write(
-                    lambda connection: INSTANCES.update(
-                        connection, instance.id, where={"state": state}, state=before
+        with self._site.keeping.asking(instance.id):
+            after = self._site.database.write(change)
+            try:
+                self._site.keeping.keepers.ask(instance.id, ask, timeout=_ASK_SECONDS)
+            except CloudletError:
+                with suppress(CloudletError):
+                    self._site.database.write(
+                        lambda connection: INSTANCES.update(
+                            connection, instance.id, where={"state": state}, state=before
+                        )
                     )
-                )
-            raise
+                raise
         return after
 
     def _begin(
@@ -334,17 +348,20 @@ class Instances:
         return begun
 
 
-def _published(root: Root, asked: Sequence[PublishedPort], address: str) -> tuple[PublishedPort, ...]:
-    """The app's ports on the site's address; the user may choose the host's numbers."""
-    chosen = {port.guest_port: port for port in asked}
-    if unknown := chosen.keys() - {port.port for port in root.app.ports}:
+def _published(
+    root: Root, open_ports: Sequence[Mapping[str, Any]] | None, asked: Sequence[PublishedPort], address: str
+) -> tuple[PublishedPort, ...]:
+    """The app's ports on the site's address; the user may choose the host's numbers.
+
+    :param open_ports: those that the app publishes; None for all of its overlay.
+    """
+    names = {port.port: port.name for port in root.app.ports}
+    if open_ports is not None:
+        names = {port["port"]: port["name"] or names.get(port["port"], "") for port in open_ports}
+    chosen = {port.guest_port: port.host_port for port in asked}
+    if unknown := chosen.keys() - names.keys():
         raise UsageError(f"ports: the app has no port {sorted(unknown)[0]}")
-    return tuple(
-        PublishedPort(
-            port.port, address, chosen[port.port].host_port if port.port in chosen else 0, port.name
-        )
-        for port in root.app.ports
-    )
+    return tuple(PublishedPort(port, address, chosen.get(port, 0), name) for port, name in names.items())
 
 
 def _text(instance: Instance) -> str | None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from sqlalchemy.engine import Connection
 
 from cloudlet.errors import CloudletError, ConflictError, FailedError, NotFoundError
 from cloudlet.keeper.handle import Keepers
-from cloudlet.keeper.order import KeeperState, Status, describe
+from cloudlet.keeper.order import KeeperState, Order, Status, describe
 from cloudlet.store import journal
 from cloudlet.store.rows import INSTANCES, OPERATIONS, Instance, InstanceState, OperationState
 
@@ -57,6 +58,8 @@ class Keeping:
         :raises FailedError: it was not in so many seconds.
         """
         deadline = time.monotonic() + timeout
+        if instance_id not in self._statuses:  # another process has started it
+            self.keepers.watch(instance_id)
         while True:
             with self._changed:
                 status = self._statuses.get(instance_id)
@@ -76,6 +79,19 @@ class Keeping:
         with self._changed:
             self._changed.notify_all()
 
+    def start(self, instance_id: str, order: Order) -> None:
+        """Have a keeper for an instance. One that lives stays; one that has ended is forgotten before.
+
+        :raises FailedError: it does not begin.
+        """
+        status = self.keepers.status(instance_id)
+        if status and status.state is KeeperState.ENDED:
+            # Of an earlier try, or of the machine that is to be started again.
+            self.end(instance_id)
+        with self._changed:
+            self._statuses.pop(instance_id, None)  # of a keeper before it, which another process has ended
+        self.keepers.start(instance_id, order)
+
     def end(self, instance_id: str) -> None:
         """End the machine of an instance, if there is one, and forget what its keeper said."""
         self.keepers.end(instance_id)
@@ -85,10 +101,19 @@ class Keeping:
         self._site.machine.hypervisor.reap()
 
     def look_again(self, instance_id: str) -> None:
-        """An instance has just been said to run: whether its machine has ended before that."""
-        status = self._statuses.get(instance_id)
-        if status and status.state is KeeperState.ENDED:
-            self._told(instance_id, status)
+        """Note that a machine has ended while nobody took it for one that runs."""
+        if self.keepers.watch(instance_id) or self.keepers.status(instance_id):
+            return  # it lives, or its end has just been told
+        with suppress(NotFoundError):
+            instance = self._site.database.read(lambda connection: INSTANCES.get(connection, instance_id))
+            if instance.state in _RUNNING:
+                self._ended(instance, describe(FailedError("its machine is gone")))
+
+    @contextmanager
+    def asking(self, instance_id: str) -> Iterator[None]:
+        """Change an instance's row and ask its keeper for the same, when nobody else does either."""
+        with self._site.alone.with_(f"asking {instance_id}"):
+            yield
 
     def adopt(self) -> None:
         """At the start: find the keepers that live, end those nobody knows, note what became of others."""
@@ -111,17 +136,29 @@ class Keeping:
             except CloudletError as error:
                 LOG.error("%s", error)
         for instance in known.values():
-            if instance.state in _RUNNING and instance.id not in found and instance.id not in busy:
+            # Another process of the site may have started it since.
+            lost = instance.id not in found | busy and not self.keepers.watch(instance.id)
+            if instance.state in _RUNNING and lost:
                 self._ended(instance, describe(FailedError("its machine was gone when the site started")))
+
+    def find_new(self) -> None:
+        """Watch the keepers that other processes of the site started."""
+        ended = {one for one, status in self._statuses.copy().items() if status.state is KeeperState.ENDED}
+        self.keepers.adopt(besides=ended)
 
     def close(self) -> None:
         """Stop watching; the machines go on."""
         self.keepers.close()
 
-    def _told(self, instance_id: str, status: Status) -> None:
+    def _told(self, instance_id: str, status: Status | None) -> None:
         with self._changed:
-            self._statuses[instance_id] = status
+            if status:
+                self._statuses[instance_id] = status
+            else:
+                self._statuses.pop(instance_id, None)
             self._changed.notify_all()
+        if not status:
+            return
         try:
             if status.state is KeeperState.ENDED:
                 self._machine_ended(instance_id, status)

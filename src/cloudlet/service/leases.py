@@ -44,7 +44,8 @@ class Leases:
     def close(self) -> None:
         self._closed = True
         self._poked.set()
-        self._thread.join()
+        if self._thread.ident:
+            self._thread.join()
 
     def _run(self) -> None:
         while not self._closed:
@@ -95,7 +96,7 @@ class Leases:
                 connection, "instance", "expired", after, grace_seconds=self._site.options.leases.grace
             )
 
-        with suppress(CloudletError):
+        with suppress(CloudletError), self._site.keeping.asking(instance.id):
             self._site.database.write(expire)
             self._site.keeping.keepers.ask(instance.id, "pause")
 

@@ -21,15 +21,19 @@ from cloudlet.store.journal import Event
 LOG = log.getLogger(__name__)
 _REMEMBERED = 10_000
 _BATCH = 1000
-_OTHERS_SECONDS = 1.0
-"""How often to look for events that another process of this site wrote."""
+_FAILED_SECONDS = 1.0
 
 
 class News:
     """What happened last, and the waiting for what comes."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, others_seconds: float) -> None:
+        """Begin to read.
+
+        :param others_seconds: how often to look for what other processes of this site wrote.
+        """
         self._database = database
+        self._others_seconds = others_seconds
         self._changed = threading.Condition()
         self._last = database.read(journal.last_number)
         self._events: deque[Event] = deque(maxlen=_REMEMBERED)
@@ -96,7 +100,7 @@ class News:
                 with self._changed:
                     if self._operations[operation_id][1] == seen:
                         # Another process of this site may be at work on it.
-                        self._changed.wait(min(left, _OTHERS_SECONDS))
+                        self._changed.wait(min(left, self._others_seconds))
 
     @contextmanager
     def _watching(self, operation_id: str) -> Iterator[None]:
@@ -113,7 +117,7 @@ class News:
                     self._operations[operation_id] = waiters - 1, changes
 
     def close(self) -> None:
-        """Send all waiters home."""
+        """Send all waiters home: before a server stops, which would wait for them. Can be called again."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -129,13 +133,13 @@ class News:
 
     def _run(self) -> None:
         while not self._closed:
-            self._written.wait(_OTHERS_SECONDS)
+            self._written.wait(self._others_seconds)
             self._written.clear()
             try:
                 self._read()
             except Exception:
                 LOG.exception("events could not be read")
-                time.sleep(_OTHERS_SECONDS)
+                time.sleep(_FAILED_SECONDS)
 
     def _read(self) -> None:
         """Take in what is new."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ from oslo_config import cfg
 from cloudlet.errors import UsageError
 from cloudlet.model import GIBIBYTE, MEBIBYTE
 from cloudlet.settings import Settings, config_dir
+from cloudlet.transfer.networks import Networks
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Limits:
     disk_bytes: int | None
     instances: int
     project_upload_bytes: int
+    base_upload_bytes: int
     blob_cache_bytes: int
 
 
@@ -80,10 +83,16 @@ class Options:
     limits: Limits
     leases: Leases
     workers: int
+    job_board: str | None
+    """Where operations go that conductors work on; None: this process does."""
+    metrics: Listening | None
+    """Where a conductor shows its figures."""
     keep_days: int
     webhook_retry: timedelta
     """After the first failure; each further wait is twice as long."""
     webhook_attempts: int
+    webhook_networks: Networks
+    fetch_networks: Networks
     keystone: cfg.ConfigOpts
     """The files, for what they say in ``[keystone_authtoken]``."""
 
@@ -130,11 +139,22 @@ def read_options(conf: cfg.ConfigOpts, machine: Settings, listen: str | None = N
             conf.leases.grace_seconds,
         ),
         workers=conf.work.threads,
+        job_board=conf.work.job_board,
+        metrics=Listening.parse(conf.work.metrics_listen) if conf.work.metrics_listen else None,
         keep_days=conf.work.keep_days,
-        webhook_retry=timedelta(seconds=conf.work.webhook_retry_seconds),
-        webhook_attempts=conf.work.webhook_attempts,
+        webhook_retry=timedelta(seconds=conf.webhooks.retry_seconds),
+        webhook_attempts=conf.webhooks.attempts,
+        webhook_networks=_networks("webhooks.allowed_networks", conf.webhooks.allowed_networks),
+        fetch_networks=_networks("api.fetch_networks", machine.fetch_networks),
         keystone=conf,
     )
+
+
+def _networks(option: str, given: Iterable[str]) -> Networks:
+    try:
+        return Networks(given)
+    except UsageError as error:
+        raise UsageError(f"{option}: {error.message}", hint=error.hint) from error
 
 
 def _limits(conf: cfg.ConfigOpts) -> Limits:
@@ -146,5 +166,6 @@ def _limits(conf: cfg.ConfigOpts) -> Limits:
         disk_bytes=limits.disk_gib * GIBIBYTE or None,
         instances=limits.instances,
         project_upload_bytes=limits.project_upload_mib * MEBIBYTE,
+        base_upload_bytes=limits.base_upload_mib * MEBIBYTE,
         blob_cache_bytes=limits.blob_cache_mib * MEBIBYTE,
     )

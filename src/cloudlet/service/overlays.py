@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ from cloudlet.store.rows import (
     OperationState,
     Overlay,
 )
+from cloudlet.transfer.networks import Networks
 from cloudlet.transfer.source import open_source
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ _PIECE = 256 << 10
 _LARGEST = 1 << 40
 _PEEK_SECONDS = 5.0
 """Longest wait for the head of an overlay elsewhere: its caller waits too."""
+_UNKNOWN = 64 << 20
+"""Reserved at a time where a server does not say how much there is to come."""
 _TAKES_BYTES = (FileState.QUEUED, FileState.UPLOADING, FileState.REJECTED)
 
 Progress = Callable[[int, int], None]
@@ -62,10 +66,15 @@ class Overlays:
 
     def __init__(self, site: ServedSite) -> None:
         self._site = site
-        self._uploads = Uploads(self._staged)
+        self._uploads = Uploads(self._staged, site.alone)
 
     def create(self, overlay: Overlay, remember: Remember = forget) -> Overlay:
-        """Write the record of an overlay whose bytes are to be uploaded, or fetched when they are needed."""
+        """Write the record of an overlay whose bytes are to be uploaded, or fetched when they are needed.
+
+        :raises UsageError: its URL leads where it may not.
+        """
+        if overlay.url:
+            self._site.options.fetch_networks.check(overlay.url, "overlay.url")
 
         def insert(connection: Connection) -> Overlay:
             OVERLAYS.insert(connection, overlay)
@@ -111,15 +120,15 @@ class Overlays:
         """Verify a file and make it the overlay's bytes. Can be done again.
 
         :raises IntegrityError: it is not an overlay that may run here.
+        :raises TooLargeError: it was saved here, and is more than the project may have.
         """
         overlay = self._become(overlay_id, FileState.VERIFYING)
         if file.exists():
             root, identity, signed_by = self._verified(file, progress)
             size, digest = file.stat().st_size, digest_of(file)
             # Before the file has its name: a crash in between leaves a row that knows it.
-            self._become(
+            self._describe(
                 overlay_id,
-                FileState.VERIFYING,
                 size=size,
                 digest=digest,
                 identity=identity,
@@ -162,9 +171,10 @@ class Overlays:
         for overlay in left:
             if overlay.id in busy:
                 continue
-            whole = overlay.digest and self._site.blobs.path(overlay.digest)
-            here = FileState.UPLOADING if self.received(overlay) else FileState.QUEUED
-            self._become(overlay.id, FileState.ACTIVE if whole else here)
+            with suppress(ConflictError), self._uploads.alone(overlay.id):  # else another process is at it
+                whole = overlay.digest and self._site.blobs.path(overlay.digest)
+                here = FileState.UPLOADING if self.received(overlay) else FileState.QUEUED
+                self._become(overlay.id, FileState.ACTIVE if whole else here)
 
     def delete(self, overlay: Overlay) -> None:
         """Remove an overlay and its bytes.
@@ -211,7 +221,8 @@ class Overlays:
         :raises UnreachableError: nobody answers there.
         """
         try:
-            with open_source(url, io.BytesIO(), patience=_PEEK_SECONDS) as source:
+            networks = self._site.options.fetch_networks
+            with open_source(url, io.BytesIO(), patience=_PEEK_SECONDS, networks=networks) as source:
                 reader = OverlayReader(source, self._site.machine.keys.verify)
                 return reader.root, reader.identity
         except FailedError as error:
@@ -221,6 +232,18 @@ class Overlays:
         return self._site.database.write(
             lambda connection: OVERLAYS.update(connection, overlay_id, state=state, **changes)
         )
+
+    def _describe(self, overlay_id: str, *, size: int, **known: Any) -> None:
+        """Write what is known of verified bytes; those of a saved machine count from here on."""
+
+        def describe(connection: Connection) -> None:
+            capacity.lock(connection)  # first: what was read before it may be old
+            overlay = OVERLAYS.get(connection, overlay_id)
+            if overlay.url is None and overlay.size is None:
+                capacity.admit_upload(connection, self._site.options.limits, overlay.project_id, size)
+            OVERLAYS.update(connection, overlay_id, size=size, **known)
+
+        self._site.database.write(describe)
 
     def _verified(self, file: Path, progress: Progress | None) -> tuple[Root, str, str | None]:
         with file.open("rb") as stream:
@@ -234,6 +257,7 @@ class Overlays:
             raise TooLargeError(f"an overlay of {format_bytes(offset + length)} is more than any may have")
 
         def begin(connection: Connection) -> Overlay:
+            capacity.lock(connection)  # first: what was read before it may be old
             overlay = OVERLAYS.get(connection, overlay_id)
             if overlay.state not in _TAKES_BYTES:
                 raise ConflictError(f"overlay {overlay_id} is {overlay.state}", hint="create another")
@@ -253,15 +277,32 @@ class Overlays:
         return self._site.blobs.staging(f"upload-{overlay_id}")
 
 
-def download(url: str, file: Path, progress: Progress) -> None:
-    """Bring a file here from a URL, on from where an earlier try ended."""
-    here = file.stat().st_size if file.exists() else 0
-    with open_source(url, io.BytesIO()) as source, file.open("ab") as out:
-        if here:
-            source.seek(here)
-        while piece := source.read(_PIECE):
-            out.write(piece)
-            progress(out.tell(), 0)
+def download(
+    url: str,
+    file: Path,
+    networks: Networks,
+    progress: Progress,
+    reserve: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Bring a file here from a URL, on from where an earlier try ended.
+
+    :param networks: where the URL may lead.
+    :param reserve: called with the bytes that the file will have, before they are written; may refuse them.
+    """
+    with open_source(url, io.BytesIO(), networks=networks) as source, file.open("ab", buffering=0) as out:
+        # Its last byte comes again: a server that is asked for what is behind its end refuses that.
+        done = max(0, out.seek(0, io.SEEK_END) - 1)
+        out.truncate(done)
+        source.seek(done)
+        reserved = 0
+        while piece := memoryview(source.read(_PIECE)):
+            done += len(piece)
+            if done > reserved:
+                reserved = max(done, source.total or done + _UNKNOWN)
+                reserve(reserved)
+            while piece:
+                piece = piece[out.write(piece) :]
+            progress(done, source.total or 0)
 
 
 def _described(root: Root) -> dict[str, Any]:

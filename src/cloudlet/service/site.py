@@ -4,73 +4,97 @@ from __future__ import annotations
 
 import socket
 from dataclasses import replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from oslo_log import log
 
 from cloudlet.control.site import Site
-from cloudlet.errors import NotFoundError
+from cloudlet.errors import NotFoundError, UsageError
+from cloudlet.service.alone import Alone
 from cloudlet.service.apps import Apps
 from cloudlet.service.bases import Bases
+from cloudlet.service.engine import create_tables
 from cloudlet.service.flows import FLOWS
+from cloudlet.service.housekeeping import Housekeeping
 from cloudlet.service.instances import Instances
 from cloudlet.service.keeping import Keeping
 from cloudlet.service.leases import Leases
+from cloudlet.service.meters import Meters
 from cloudlet.service.news import News
 from cloudlet.service.options import Options
 from cloudlet.service.overlays import Overlays
+from cloudlet.service.shutdown import Shutdown
+from cloudlet.service.steps import Observer
 from cloudlet.service.tidying import Tidying
 from cloudlet.service.webhooks import Webhooks
-from cloudlet.service.work import Observer, Work, create_tables
+from cloudlet.service.work import Work
 from cloudlet.store.blobs import BlobStore
 from cloudlet.store.database import Database
+
+if TYPE_CHECKING:
+    from cloudlet.service.board import Board
+    from cloudlet.service.conductor import Conductor
 
 LOG = log.getLogger(__name__)
 
 
-class ServedSite:
-    """A cloudlet that is a service. Open one with :meth:`open`, and close it."""
+_OTHERS_SECONDS, _ALONE_SECONDS = 0.1, 1.0
+"""How often to look for what others wrote, where processes share the work and where there should be none."""
 
-    def __init__(self, options: Options, machine: Site, database: Database, observe: Observer) -> None:
+
+class ServedSite:
+    """A cloudlet that is a service. Open one with :meth:`open`, and close it.
+
+    It is one process that does everything; or, where a job board is configured, any number of processes that
+    answer users and leave all that takes long to conductors.
+    """
+
+    def __init__(
+        self, options: Options, machine: Site, database: Database, observe: Observer, *, conducts: bool
+    ) -> None:
         self.options = options
         self.machine = machine
         self.database = database
         self.id = database.fact("site_id")
         self.name = socket.gethostname()
+        self.alone = Alone(options.machine.state_dir / "alone.lock")
+        self.meters = Meters()
         self.blobs = BlobStore(database, options.blobs_dir, options.limits.blob_cache_bytes)
-        self.news = News(database)
-        self.work = Work(self, FLOWS, options.workers, observe)
+        self.news = News(database, _OTHERS_SECONDS if options.job_board else _ALONE_SECONDS)
+        self.board = _board(options, self.id)
+        self.work = Work(self, FLOWS, self.board, observe)
         self.keeping = Keeping(self)
         self.bases = Bases(self)
         self.overlays = Overlays(self)
         self.apps = Apps(self)
         self.instances = Instances(self)
         self.leases = Leases(self)
+        self.shutdown = Shutdown(self)
         self.tidying = Tidying(self)
         self.webhooks = Webhooks(self)
+        self.housekeeping = Housekeeping(self)
+        self.conductor = _conductor(self, self.board) if self.board and conducts else None
 
     @classmethod
-    def open(cls, options: Options, observe: Observer = lambda *_: None) -> Self:
+    def open(cls, options: Options, observe: Observer = lambda *_: None, *, conducts: bool = False) -> Self:
         """The site of these settings, as the last process left it: what it was doing goes on.
 
-        :raises FailedError: the database cannot be reached, or is a newer program's.
+        :param conducts: whether to do work, where that is taken from a job board.
+        :raises FailedError: the database or the job board cannot be reached, or is a newer program's.
         """
         database = Database(options.database_url)
-        database.create()
-        create_tables(database)
         machine = Site.open(options.machine)
-        _have_a_key(machine)
-        site = cls(options, machine, database, observe)
-        site.blobs.reap()
-        site.bases.find_new()
-        site.bases.find_left()
-        site.overlays.find_left()
-        site.keeping.adopt()
-        if left := site.work.resume():
-            LOG.info("going on with %d operations of the last process", len(left))
-        site.leases.begin()
-        site.tidying.begin()
-        site.webhooks.begin()
+        with Alone(options.machine.state_dir / "alone.lock").with_("opening"):
+            database.create()
+            create_tables(database)
+            _have_a_key(machine)
+        site = cls(options, machine, database, observe, conducts=conducts)
+        if not site.board:
+            site.housekeeping.begin()
+        elif site.conductor:
+            site.keeping.keepers.warm()
+            site.conductor.begin()
+            site.housekeeping.wait()
         return site
 
     def reload(self, options: Options) -> None:
@@ -83,13 +107,36 @@ class ServedSite:
 
     def close(self) -> None:
         """Stop serving. Machines go on, and operations wait for the next process."""
-        self.webhooks.close()
-        self.tidying.close()
-        self.leases.close()
+        self.housekeeping.close()
         self.news.close()
+        if self.conductor:
+            self.conductor.close()
         self.work.close()
         self.keeping.close()
         self.database.close()
+
+
+def _board(options: Options, site_id: str) -> Board | None:
+    """The site's job board, if it has one.
+
+    :raises UsageError: what it needs is not installed.
+    :raises FailedError: it cannot be reached.
+    """
+    if not options.job_board:
+        return None
+    try:
+        from cloudlet.service.board import Board
+    except ImportError as error:
+        raise UsageError(f"job_board: {error}", hint="pip install 'cloudlet[conductor]'") from error
+    board = Board(options.job_board, site_id)
+    board.connect()
+    return board
+
+
+def _conductor(site: ServedSite, board: Board) -> Conductor:
+    from cloudlet.service.conductor import Conductor  # it is there where the board is
+
+    return Conductor(board, site.work.perform, site.work.hear_cancelled, site.options.workers)
 
 
 def _have_a_key(machine: Site) -> None:

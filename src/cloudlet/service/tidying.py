@@ -35,7 +35,8 @@ class Tidying:
 
     def close(self) -> None:
         self._closed.set()
-        self._thread.join()
+        if self._thread.ident:
+            self._thread.join()
 
     def forget(self, moment: datetime) -> None:
         """Forget what is old at a moment."""

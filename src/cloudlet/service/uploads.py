@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from cloudlet.errors import ConflictError, TruncatedError
+from cloudlet.service.alone import Alone
 
 _PIECE = 256 << 10
 
@@ -23,10 +23,9 @@ class Body(Protocol):
 class Uploads:
     """Uploads of one kind; ``place`` says where the file of a row is collected."""
 
-    def __init__(self, place: Callable[[str], Path]) -> None:
+    def __init__(self, place: Callable[[str], Path], alone: Alone) -> None:
         self._place = place
-        self._lock = threading.Lock()
-        self._going: set[str] = set()
+        self._alone = alone
 
     def received(self, key: str) -> int:
         """How many bytes are here: where the next try has to go on."""
@@ -73,12 +72,7 @@ class Uploads:
 
         :raises ConflictError: somebody does.
         """
-        with self._lock:
-            if key in self._going:
+        with self._alone.at_once(f"upload {key}") as first:
+            if not first:
                 raise ConflictError("it is being uploaded", hint="wait, or create another")
-            self._going.add(key)
-        try:
             yield
-        finally:
-            with self._lock:
-                self._going.discard(key)

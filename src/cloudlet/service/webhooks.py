@@ -1,29 +1,26 @@
-"""Webhooks: events are pushed to who asked for them, signed, until they arrive or are given up.
+"""Webhooks: events are pushed to who asked for them until they arrive or are given up.
 
-The signature is that of Standard Webhooks (https://www.standardwebhooks.com): HMAC-SHA256 with the secret of
-the webhook over ``id.timestamp.body``; the headers are ``webhook-id``, ``webhook-timestamp`` and
-``webhook-signature``. An event may come twice, and not always in its turn: its number tells.
+To one webhook they are pushed one after the other, in their order; to several at the same time, so that one
+which is slow keeps nobody else waiting. What did not arrive is tried again later, when others may have been
+pushed that came after it: an event may come twice, and not always in its turn. Its number tells.
 """
 
 from __future__ import annotations
 
-import base64
-import hmac
-import json
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
-from hashlib import sha256
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-import requests
 from oslo_log import log
 from sqlalchemy.engine import Connection
 
 from cloudlet.errors import NotFoundError
+from cloudlet.service.push import UnansweredError, push
 from cloudlet.store import deliveries, journal
 from cloudlet.store.deliveries import Delivery
 from cloudlet.store.journal import Event
@@ -35,19 +32,24 @@ if TYPE_CHECKING:
 
 LOG = log.getLogger(__name__)
 LONGEST_RETRY = timedelta(hours=1)
-_ANSWER_SECONDS = 10.0
-_AT_ONCE, _BATCH = 4, 200
+_AT_ONCE, _BATCH = 32, 200
+_TURN_SECONDS = 5.0
+"""How long one webhook keeps a thread while others wait for one."""
+_TROUBLE_SECONDS = 1.0
 _LONGEST_SLEEP = 3600.0
 
 
 class Webhooks:
-    """The webhooks of a site, and the thread that pushes."""
+    """The webhooks of a site, and the threads that push."""
 
     def __init__(self, site: ServedSite) -> None:
         self._site = site
         self._any = False
         """Whether there may be one."""
         self._poked = threading.Event()
+        self._served: set[str] = set()
+        """The webhooks that have a thread."""
+        self._lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
 
@@ -59,10 +61,20 @@ class Webhooks:
     def close(self) -> None:
         self._closed = True
         self._poked.set()
-        self._thread.join()
+        if self._thread.ident:
+            self._thread.join()
+
+    def look(self) -> None:
+        """Another process of the site may have made a webhook, or written an event."""
+        self._any = True
+        self._poked.set()
 
     def create(self, webhook: Webhook, remember: Remember = forget) -> Webhook:
-        """Have events pushed from now on."""
+        """Have events pushed from now on.
+
+        :raises UsageError: its URL leads where it may not.
+        """
+        self._site.options.webhook_networks.check(webhook.url, "webhook.url")
 
         def insert(connection: Connection) -> Webhook:
             WEBHOOKS.insert(connection, webhook)
@@ -89,7 +101,7 @@ class Webhooks:
                     wait = self._push(threads)
                 except Exception:
                     LOG.exception("webhooks could not be served")
-                    wait = 1.0
+                    wait = _TROUBLE_SECONDS
                 self._poked.wait(wait)
 
     def _look(self) -> None:
@@ -121,67 +133,69 @@ class Webhooks:
         return False
 
     def _push(self, threads: ThreadPoolExecutor) -> float:
-        """Push what is due; the seconds until something is again."""
-        if not self._any:
-            return _LONGEST_SLEEP
-        due = self._site.database.read(lambda connection: deliveries.due(connection, now(), _BATCH))
-        for _ in threads.map(self._deliver, due):
-            pass
-        if due:
-            return 0.0
-        moment = self._site.database.read(deliveries.next_at)
-        return max(0.0, (moment - now()).total_seconds()) if moment else _LONGEST_SLEEP
+        """Give a thread to webhooks to which something is due; the seconds until that is so for another."""
+        waiting = self._site.database.read(deliveries.waiting) if self._any else ()
+        with self._lock:
+            for webhook_id, moment in waiting:
+                if webhook_id in self._served:
+                    continue
+                if (seconds := (moment - now()).total_seconds()) > 0:
+                    return min(seconds, _LONGEST_SLEEP)
+                if len(self._served) >= _AT_ONCE:
+                    break  # whose turn ends pokes
+                self._served.add(webhook_id)
+                threads.submit(self._serve, webhook_id)
+        return _LONGEST_SLEEP
 
-    def _deliver(self, delivery: Delivery) -> None:
-        webhook = self._site.database.read(lambda connection: _found(connection, delivery.webhook_id))
-        if webhook is None or self._closed:
-            return
-        if not (problem := _send(webhook, delivery)):
-            self._site.database.write(lambda connection: deliveries.remove(connection, delivery))
-            return
-        options = self._site.options
-        wait = min(LONGEST_RETRY, options.webhook_retry * 2**delivery.attempts)
-        dead = delivery.attempts + 1 >= options.webhook_attempts
-        self._site.database.write(
-            lambda connection: deliveries.failed(connection, delivery, problem, now() + wait, dead=dead)
-        )
+    def _serve(self, webhook_id: str) -> None:
+        """Push what is due to a webhook, for a while."""
+        ends = time.monotonic() + _TURN_SECONDS
+        try:
+            while not self._closed and time.monotonic() < ends and self._deliver(webhook_id):
+                pass
+        except Exception:
+            LOG.exception("webhook %s could not be served", webhook_id)
+            time.sleep(_TROUBLE_SECONDS)
+        finally:
+            with self._lock:
+                self._served.discard(webhook_id)
+            self._poked.set()
 
+    def _deliver(self, webhook_id: str) -> bool:
+        """Push the next event that is due to a webhook; whether to go on with the one after it."""
+        moment, read = now(), self._site.database.read
+        webhook, due = read(
+            lambda connection: (
+                _found(connection, webhook_id), deliveries.due(connection, webhook_id, moment, 1)
+            )
+        )  # fmt: skip
+        if webhook is None or not due:
+            return False
+        try:
+            status = push(webhook, due[0], self._site.options.webhook_networks, lambda: self._closed)
+        except UnansweredError as error:
+            if not self._closed:
+                # The others would not be answered either, and would each keep a thread until that is known.
+                others = read(lambda connection: deliveries.due(connection, webhook_id, moment, _BATCH))
+                self._put_off(others, str(error))
+            return False
+        if status < 300:
+            self._site.database.write(lambda connection: deliveries.remove(connection, due[0]))
+        else:
+            self._put_off(due, f"status {status}")
+        return True
 
-def signature(secret: str, message_id: str, timestamp: int, body: bytes) -> str:
-    """The value of ``webhook-signature``."""
-    signed = f"{message_id}.{timestamp}.".encode() + body
-    return "v1," + base64.b64encode(hmac.new(secret.encode(), signed, sha256).digest()).decode()
+    def _put_off(self, tried: Iterable[Delivery], problem: str) -> None:
+        """Try deliveries again later, or give them up."""
+        options, moment = self._site.options, now()
 
+        def note(connection: Connection) -> None:
+            for delivery in tried:
+                again = moment + min(LONGEST_RETRY, options.webhook_retry * 2**delivery.attempts)
+                dead = delivery.attempts + 1 >= options.webhook_attempts
+                deliveries.failed(connection, delivery, problem, again, dead=dead)
 
-def _send(webhook: Webhook, delivery: Delivery) -> str:
-    """Send an event; what went wrong, or nothing."""
-    body = json.dumps(delivery.event).encode()
-    message_id = f"{webhook.id}.{delivery.number}"
-    timestamp = int(datetime.now(UTC).timestamp())
-    headers = {
-        "Content-Type": "application/json",
-        "webhook-id": message_id,
-        "webhook-timestamp": str(timestamp),
-        "webhook-signature": signature(webhook.secret, message_id, timestamp, body),
-    }
-    try:
-        # Not where it is sent on to: that is not the address that was given.
-        session = requests.Session()
-        session.trust_env = False  # nobody's passwords, and no proxy
-        with (
-            session,
-            session.post(
-                webhook.url,
-                body,
-                headers=headers,
-                timeout=_ANSWER_SECONDS,
-                allow_redirects=False,
-                stream=True,
-            ) as answer,
-        ):
-            return "" if answer.status_code < 300 else f"status {answer.status_code}"
-    except (requests.RequestException, ValueError) as error:
-        return type(error).__name__  # what it says would be of use to who looks around in our network
+        self._site.database.write(note)
 
 
 def _found(connection: Connection, webhook_id: str) -> Webhook | None:

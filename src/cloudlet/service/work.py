@@ -1,184 +1,100 @@
 """Operations: long work in named steps that survives a crash, can be cancelled, and is undone if it fails.
 
-The steps of a kind stand in ``flows.py``. TaskFlow runs them, one after the other, and keeps in the database
-which are done, so that after a kill -9 the next process goes on where this one was. A step that was begun is
-done again: each is written so that this does no harm. What a step did is undone, in the opposite order, when
-a later one fails or somebody cancels.
+An operation is a row; that row is the truth. A queue only says who works on it now: the threads of this
+process (:class:`Here`), or those of conductors that take it from a job board (``board.py``). What is lost on
+the way to either is found in the rows again (:meth:`Work.resume`), and what comes twice is done once.
+
+The steps of a kind stand in ``flows.py``, how they are run in ``engine.py``.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-import traceback
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from oslo_log import log
 from sqlalchemy.engine import Connection
-from taskflow import states, task
-from taskflow.engines.action_engine.engine import SerialActionEngine
-from taskflow.exceptions import WrappedFailure
-from taskflow.patterns import linear_flow
-from taskflow.persistence import models
-from taskflow.persistence.backends.impl_sqlalchemy import Connection as Kept
-from taskflow.persistence.backends.impl_sqlalchemy import SQLAlchemyBackend
 
-from cloudlet.errors import CloudletError, ConflictError, FailedError, of_the_system
+from cloudlet.errors import ConflictError
 from cloudlet.keeper.order import describe
+from cloudlet.service.engine import Engine
+from cloudlet.service.steps import CancelledError, Flow, Observer, Running
 from cloudlet.store import journal
-from cloudlet.store.database import Database
 from cloudlet.store.rows import OPERATIONS, Operation, OperationState, now
 
 if TYPE_CHECKING:
     from cloudlet.service.site import ServedSite
 
 LOG = log.getLogger(__name__)
-_NOTED_SECONDS = 0.5
-"""Between two notes of a step's progress."""
 
 
-class CancelledError(CloudletError):
-    """Somebody asked for the end of the operation."""
+class Queue(Protocol):
+    """Operations on their way to who works on them."""
+
+    def post(self, operation: Operation, *, urgent: bool) -> None:
+        """Have an operation worked on soon, an urgent one before others; one that is known is not taken."""
+
+    def known(self) -> set[str]:
+        """The ids of those that are waiting or being worked on."""
+
+    def close(self) -> None:
+        """Take no more."""
 
 
-class Running:
-    """An operation that is being worked on; its steps read it and report to it."""
+class Here:
+    """A queue in memory, and the threads that work on it."""
 
-    def __init__(self, site: ServedSite, operation: Operation, observe: Observer) -> None:
-        self.site = site
-        self.operation = operation
-        self.cancelled = threading.Event()
-        if operation.cancelled:
-            self.cancelled.set()
-        self._observe = observe
-        self._steps = [dict(step) for step in operation.steps]
-        self._noted = 0.0
+    def __init__(self, perform: Callable[[str], None], threads: int) -> None:
+        self._perform = perform
+        self._pools = {
+            urgent: ThreadPoolExecutor(threads, thread_name_prefix="urgent" if urgent else "work")
+            for urgent in (False, True)
+        }
+        self._lock = threading.Lock()
+        self._known: set[str] = set()
 
-    @property
-    def instance_id(self) -> str:
-        return self.operation.resources["instance"]
+    def post(self, operation: Operation, *, urgent: bool) -> None:
+        with self._lock:
+            if operation.id in self._known:
+                return
+            self._known.add(operation.id)
+        with suppress(RuntimeError):  # closed: the next process finds it in the rows
+            self._pools[urgent].submit(self._do, operation.id)
 
-    def check(self) -> None:
-        """Whether to go on.
+    def known(self) -> set[str]:
+        with self._lock:
+            return set(self._known)
 
-        :raises CancelledError: no.
-        """
-        if self.cancelled.is_set():
-            raise CancelledError("cancelled by request")
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def progress(self, done: int, total: int) -> None:
-        """How many bytes of the present step are done, of how many. Stops a step that was cancelled.
-
-        :raises CancelledError: it was.
-        """
-        self.check()
-        step = next(step for step in self._steps if step["state"] == OperationState.RUNNING)
-        step["bytes_done"], step["bytes_total"] = done, total
-        if time.monotonic() - self._noted > _NOTED_SECONDS:
-            self._note()
-
-    def step(self, name: str, state: OperationState, seconds: float | None = None) -> None:
-        """Note what became of a step."""
-        self._observe(self.operation.kind, name, state)
-        entry = next(step for step in self._steps if step["name"] == name)
-        entry["state"] = state
-        if seconds is not None:
-            entry["seconds"] = round(seconds, 3)
-        self._note()
-
-    def undone(self, name: str) -> None:
-        """Note that a step was undone; one that failed stays as that."""
-        if next(step for step in self._steps if step["name"] == name)["state"] != OperationState.FAILED:
-            self.step(name, OperationState.CANCELLED)
-
-    def _note(self) -> None:
-        self._noted = time.monotonic()
-        steps = [dict(step) for step in self._steps]
-        self.site.database.write(
-            lambda connection: OPERATIONS.update(connection, self.operation.id, steps=steps)
-        )
-        self.site.news.operation_changed(self.operation.id)
-
-
-class Step(task.Task):  # type: ignore[misc]
-    """A step of an operation: can be done again, and undone whether it was done, half done, or not at all."""
-
-    step: ClassVar[str]
-    """Its name on the wire."""
-
-    def __init__(self, running: Running) -> None:
-        super().__init__(name=self.step)
-        self.running = running
-        self.site = running.site
-        self.operation = running.operation
-
-    @abstractmethod
-    def do(self) -> None:
-        """Do it."""
-
-    def undo(self) -> None:
-        """Undo it."""
-
-    def execute(self) -> None:
-        """What TaskFlow calls."""
-        self.running.check()
-        began = time.monotonic()
-        self.running.step(self.step, OperationState.RUNNING)
+    def _do(self, operation_id: str) -> None:
         try:
-            self.do()
-        except BaseException:
-            self.running.step(self.step, OperationState.FAILED, time.monotonic() - began)
-            raise
-        self.running.step(self.step, OperationState.SUCCEEDED, time.monotonic() - began)
-
-    def revert(self, *_: Any, **__: Any) -> None:
-        """What TaskFlow calls when this step, or a later one, failed."""
-        self.undo()
-        self.running.undone(self.step)
-
-
-def _nothing(_: Running, __: CloudletError) -> None:
-    """There is nothing to say."""
-
-
-GaveUp = Callable[[Running, CloudletError], None]
-"""Says in the rows that an operation came to nothing, and why; can be done again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Flow:
-    """What an operation of a kind consists of."""
-
-    steps: tuple[type[Step], ...]
-    gave_up: GaveUp = _nothing
-    """Called when all that was done is undone, whichever step it was that failed."""
-    can_be_cancelled: bool = True
-
-
-Observer = Callable[[str, str, OperationState], None]
-"""Told, before it is written, of a kind of operation, a step, and what became of that."""
+            self._perform(operation_id)
+        finally:
+            with self._lock:
+                self._known.discard(operation_id)
 
 
 class Work:
-    """The operations of a site, in this process."""
+    """The operations of a site."""
 
     def __init__(
-        self, site: ServedSite, flows: Mapping[str, Flow], threads: int, observe: Observer = lambda *_: None
+        self, site: ServedSite, flows: Mapping[str, Flow], queue: Queue | None, observe: Observer
     ) -> None:
         self._site = site
         self._flows = flows
         self._observe = observe
-        self._backend = _backend_of(site.database)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="work")
+        self._engine = Engine(site.database)
         self._lock = threading.Lock()
         self._running: dict[str, Running] = {}
-        self._locks: dict[str, tuple[threading.Lock, int]] = {}
         self._closed = False
+        self._queue = queue or Here(self.perform, site.options.workers)
 
     def add(self, connection: Connection, operation: Operation) -> Operation:
         """Write an operation, in the transaction that makes it necessary. Then :meth:`submit` it."""
@@ -195,16 +111,19 @@ class Work:
         return OPERATIONS.insert(connection, replace(operation, steps=steps))
 
     def submit(self, operation: Operation) -> None:
-        """Have an operation done, as soon as a thread is free."""
+        """Have an operation done, as soon as somebody is free."""
         if not self._closed:
-            self._pool.submit(self._run, operation.id)
+            self._queue.post(operation, urgent=self._flows[operation.kind].urgent)
 
     def resume(self) -> list[Operation]:
-        """Go on with all operations that nobody has ended; at the start of the only process that works."""
+        """Have all operations done that nobody has ended and nobody works on; they."""
+        # In this order: what is added in between is posted by who adds it.
+        known = self._queue.known()
         left = self._site.database.read(lambda connection: OPERATIONS.list(connection, state=_OPEN))
-        for operation in left:
+        lost = [operation for operation in left if operation.id not in known]
+        for operation in lost:
             self.submit(operation)
-        return left
+        return lost
 
     def cancel(self, operation_id: str) -> Operation:
         """Ask for the end of an operation: what it did will be undone.
@@ -221,10 +140,7 @@ class Work:
             return OPERATIONS.update(connection, operation_id, cancelled=True)
 
         operation = self._site.database.write(note)
-        with self._lock:
-            if running := self._running.get(operation_id):
-                running.cancelled.set()
-        self._site.keeping.wake()
+        self._stop(operation_id)
         return operation
 
     def open_on(self, connection: Connection, instance_id: str) -> list[Operation]:
@@ -239,20 +155,39 @@ class Work:
                 with suppress(ConflictError):
                     self.cancel(other.id)
 
-    def close(self) -> None:
-        """Stop: what is being done stays as it is, for the next process to go on with."""
-        self._closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    def hear_cancelled(self) -> None:
+        """Stop those operations of this process that were cancelled at another of the site's processes."""
+        with self._lock:
+            running = list(self._running)
+        if running:
+            cancelled = self._site.database.read(
+                lambda connection: OPERATIONS.list(connection, state=_OPEN, cancelled=True)
+            )
+            for operation in cancelled:
+                self._stop(operation.id)
 
-    def _run(self, operation_id: str) -> None:
+    def perform(self, operation_id: str) -> None:
+        """Do an operation now, or what is left of it; nothing happens if it has ended."""
         try:
             operation = self._site.database.read(lambda connection: OPERATIONS.get(connection, operation_id))
-            with self._alone(_what(operation)):
-                self._run_alone(operation_id)
+            if not operation.state.ended:
+                with self._site.alone.with_(_what(operation)):
+                    self._perform_alone(operation_id)
         except Exception:
             LOG.exception("operation %s could not be worked on", operation_id)
 
-    def _run_alone(self, operation_id: str) -> None:
+    def close(self) -> None:
+        """Stop: what is being done stays as it is, for another process to go on with."""
+        self._closed = True
+        self._queue.close()
+
+    def _stop(self, operation_id: str) -> None:
+        with self._lock:
+            if running := self._running.get(operation_id):
+                running.cancelled.set()
+        self._site.keeping.wake()
+
+    def _perform_alone(self, operation_id: str) -> None:
         running_now = {"state": OperationState.RUNNING}
         try:
             operation = self._site.database.write(
@@ -261,14 +196,14 @@ class Work:
                 )
             )
         except ConflictError:
-            return  # it was submitted twice, and has ended
+            return  # it was posted twice, and has ended
         running = Running(self._site, operation, self._observe)
         with self._lock:
             self._running[operation.id] = running
         if self._is_cancelled(operation):  # meanwhile
             running.cancelled.set()
         try:
-            state, error = self._do(running)
+            state, error = self._engine.run(running, self._flows[operation.kind])
         finally:
             with self._lock:
                 del self._running[operation.id]
@@ -281,62 +216,6 @@ class Work:
     def _is_cancelled(self, operation: Operation) -> bool:
         return self._site.database.read(lambda connection: OPERATIONS.get(connection, operation.id)).cancelled
 
-    @contextmanager
-    def _alone(self, what: str) -> Iterator[None]:
-        """Work on something when nobody else does: an instance's operations follow each other."""
-        with self._lock:
-            lock, users = self._locks.get(what, (threading.Lock(), 0))
-            self._locks[what] = lock, users + 1
-        try:
-            with lock:
-                yield
-        finally:
-            with self._lock:
-                lock, users = self._locks[what]
-                if users > 1:
-                    self._locks[what] = lock, users - 1
-                else:
-                    del self._locks[what]
-
-    def _do(self, running: Running) -> tuple[OperationState, CloudletError | None]:
-        operation = running.operation
-        flow = linear_flow.Flow(operation.kind)
-        flow.add(*(step(running) for step in self._flows[operation.kind].steps))
-        book = self._book(operation)
-        if next(iter(book)).state == states.REVERTED:  # by a process that was killed before it could say so
-            if running.cancelled.is_set():
-                return OperationState.CANCELLED, None
-            return OperationState.FAILED, FailedError(
-                "it failed, and was undone, before the site was started again"
-            )
-        # By its class: by its name it would be looked for among all that is installed, each time.
-        engine = SerialActionEngine(flow, next(iter(book)), self._backend, {})
-        try:
-            engine.run()
-        except CancelledError:
-            return OperationState.CANCELLED, None
-        except CloudletError as error:
-            return OperationState.FAILED, error
-        except (OSError, MemoryError) as error:
-            return OperationState.FAILED, of_the_system(error)
-        except WrappedFailure as failures:
-            said = "; ".join(failure.exception_str for failure in failures)
-            return OperationState.FAILED, FailedError(said)
-        except Exception as error:
-            LOG.error("a defect in %s: %s", operation.kind, traceback.format_exc())
-            return OperationState.FAILED, FailedError(f"a defect: {type(error).__name__}: {error}")
-        return OperationState.SUCCEEDED, None
-
-    def _book(self, operation: Operation) -> models.LogBook:
-        """What TaskFlow knows of the operation; a new book if that is nothing."""
-        connection = self._backend.get_connection()
-        with suppress(Exception):
-            return connection.get_logbook(operation.id)
-        book = models.LogBook(operation.kind, operation.id)
-        book.add(models.FlowDetail(operation.kind, operation.id))
-        connection.save_logbook(book)
-        return book
-
     def _end(self, operation: Operation, state: OperationState, error: dict[str, str] | None) -> None:
         def note(connection: Connection) -> None:
             OPERATIONS.update(connection, operation.id, state=state, error=error)
@@ -346,12 +225,13 @@ class Work:
 
         self._site.database.write(note)
         self._site.news.operation_changed(operation.id)
-        with suppress(Exception):  # of no use any more
-            self._backend.get_connection().destroy_logbook(operation.id)
+        self._engine.forget(operation)
+        if state is not OperationState.SUCCEEDED and "instance" in operation.resources:
+            self._site.keeping.look_again(operation.resources["instance"])
 
 
 def _what(operation: Operation) -> str:
-    """What an operation must be alone with."""
+    """What an operation must be alone with: those of an instance follow each other."""
     resources = operation.resources
     return next(
         (resources[noun] for noun in ("instance", "overlay", "base") if noun in resources), operation.id
@@ -359,26 +239,6 @@ def _what(operation: Operation) -> str:
 
 
 _OPEN = (OperationState.PENDING, OperationState.RUNNING)
-
-
-def create_tables(database: Database) -> None:
-    """Bring TaskFlow's own tables to its version; nothing happens where they are."""
-    _backend_of(database).get_connection().upgrade()
-
-
-def _backend_of(database: Database) -> SQLAlchemyBackend:
-    return _Backend({"connection": database.url}, engine=database.engine)
-
-
-class _Backend(SQLAlchemyBackend):  # type: ignore[misc]
-    """TaskFlow's tables in our database; its connection, which describes them anew each time, is kept."""
-
-    _kept: Kept | None = None
-
-    def get_connection(self) -> Kept:
-        if self._kept is None:
-            self._kept = super().get_connection()
-        return self._kept
 
 
 def operation(kind: str, of: Any, resources: Mapping[str, str], **input_: Any) -> Operation:

@@ -1,9 +1,9 @@
 """The blobs of a site: files named by their content, and who needs each of them.
 
 A blob belongs to overlays (holder ``overlay:ID``) and is used by instances and by who reads it
-(``instance:ID``, ``use:ID``). What was uploaded is kept until nobody holds it any more. What can be fetched
-again is only cached: when there are more bytes than the limit, what was not used for longest goes, but
-nothing that is in use.
+(``instance:ID``, ``use:PROCESS:ID``). What was uploaded is kept until nobody holds it any more. What can be
+fetched again is only cached: when there are more bytes than the limit, what was not used for longest goes,
+but nothing that is in use.
 
 The file has its name before the row that speaks of it, and loses it after that row is gone. So a crash leaves
 at most a file of which no row speaks, which :meth:`BlobStore.reap` removes.
@@ -22,7 +22,7 @@ from blake3 import blake3
 from sqlalchemy.engine import Connection
 
 from cloudlet.errors import CorruptError, NotFoundError
-from cloudlet.hypervisor.records import folder_lock
+from cloudlet.hypervisor.records import folder_lock, start_time_of
 from cloudlet.store import tables
 from cloudlet.store.database import Database
 from cloudlet.store.rows import new_id, now
@@ -91,7 +91,7 @@ class BlobStore:
 
         :raises NotFoundError: it is not here.
         """
-        holder = f"{_USE}{new_id()}"
+        holder = f"{_USE}{_this_process()}:{new_id()}"
         self._database.write(lambda connection: self.hold(connection, digest, holder))
         try:
             yield self._path(digest)
@@ -154,8 +154,8 @@ class BlobStore:
         ]
 
     def reap(self) -> list[str]:
-        """At the start of the only process that serves the folder: remove what crashes and old users left."""
-        self._database.write(_end_all_uses)
+        """Remove what crashes left: files of which no row speaks, and uses of processes that are no more."""
+        self._database.write(_end_lost_uses)
         with folder_lock(self.folder):
             query = sa.select(tables.blobs.c.digest)
             known = set(self._database.read(lambda connection: connection.execute(query).scalars().all()))
@@ -231,6 +231,21 @@ def _let_go(connection: Connection, holder: str) -> list[str]:
     return digests
 
 
-def _end_all_uses(connection: Connection) -> None:
+def _end_lost_uses(connection: Connection) -> None:
     holder = tables.blob_references.c.holder
-    connection.execute(sa.delete(tables.blob_references).where(holder.startswith(_USE)))
+    for use in connection.execute(sa.select(holder).where(holder.startswith(_USE))).scalars().all():
+        if not _lives(use.removeprefix(_USE).partition(":")[0]):
+            connection.execute(sa.delete(tables.blob_references).where(holder == use))
+
+
+def _this_process() -> str:
+    """A name of this process that no other gets, not even one with its number."""
+    return f"{os.getpid()}-{start_time_of(os.getpid())}"
+
+
+def _lives(process: str) -> bool:
+    pid, _, started = process.partition("-")
+    try:
+        return str(start_time_of(int(pid))) == started
+    except (ValueError, ProcessLookupError):
+        return False

@@ -7,7 +7,9 @@ whoever reads and then writes sees nothing change in between, as a lock of a row
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +35,9 @@ _CONNECTIONS = 32
 
 T = TypeVar("T")
 
+Condition = Callable[[Connection], None]
+"""Raises if something is not so, asked in the transaction that depends on it."""
+
 
 class Database:
     """A database of a site; any number of threads and processes."""
@@ -47,6 +52,7 @@ class Database:
             exception_checker=lambda error: isinstance(error, db.DBError) and "locked" in str(error),
         )  # fmt: skip
         self._committed: list[Callable[[], None]] = []
+        self._bound = threading.local()
 
     def when_committed(self, tell: Callable[[], None]) -> None:
         """Have ``tell`` called after each transaction that wrote, in the thread that committed it."""
@@ -57,7 +63,29 @@ class Database:
 
         :raises ConflictError: something that must be there once is there already.
         """
-        return self._run(work, write=True)
+        condition: Condition | None = getattr(self._bound, "condition", None)
+        if condition is None:
+            return self._run(work, write=True)
+
+        def bound(connection: Connection) -> T:
+            condition(connection)
+            return work(connection)
+
+        result = self._run(bound, write=True)
+        self._bound.condition = None
+        return result
+
+    @contextmanager
+    def only_if(self, condition: Condition | None) -> Iterator[None]:
+        """In the context, have this thread's first transaction that writes begin with a condition.
+
+        So who asked for a change may bind it to something that whoever makes the change knows nothing of.
+        """
+        self._bound.condition = condition
+        try:
+            yield
+        finally:
+            self._bound.condition = None
 
     def read(self, work: Callable[[Connection], T]) -> T:
         """Do ``work`` in a transaction that only reads: all of it sees one moment."""
@@ -147,6 +175,8 @@ def _engine(url: str) -> Engine:
 
 
 def _server(url: sa.URL) -> Engine:
+    if url.get_backend_name() in ("mysql", "mariadb") and "charset" not in url.query:
+        url = url.update_query_dict({"charset": "utf8mb4"})  # else oslo.db takes one without all letters
     try:
         engine: Engine = engines.create_engine(
             url.render_as_string(hide_password=False),

@@ -41,18 +41,20 @@ def insert(connection: Connection, delivery: Delivery) -> None:
     connection.execute(sa.insert(_TABLE).values(asdict(delivery)))
 
 
-def due(connection: Connection, moment: datetime, limit: int) -> list[Delivery]:
-    """Deliveries whose time has come, the oldest first."""
-    query = sa.select(*_COLUMNS).where(sa.not_(_TABLE.c.dead), _TABLE.c.next_at <= moment)
+def due(connection: Connection, webhook_id: str, moment: datetime, limit: int) -> list[Delivery]:
+    """Deliveries to a webhook whose time has come, in the order of the events."""
+    query = sa.select(*_COLUMNS).where(
+        _TABLE.c.webhook_id == webhook_id, sa.not_(_TABLE.c.dead), _TABLE.c.next_at <= moment
+    )
     return [Delivery(*row) for row in connection.execute(query.order_by(_TABLE.c.number).limit(limit))]
 
 
-def next_at(connection: Connection) -> datetime | None:
-    """When the next delivery is due; None if there is none."""
-    moment: datetime | None = connection.execute(
-        sa.select(_TABLE.c.next_at).where(sa.not_(_TABLE.c.dead)).order_by(_TABLE.c.next_at).limit(1)
-    ).scalar_one_or_none()
-    return moment
+def waiting(connection: Connection) -> list[tuple[str, datetime]]:
+    """The webhooks to which something is to be pushed, and when that begins: who waits longest is first."""
+    first = sa.func.min(_TABLE.c.next_at)
+    query = sa.select(_TABLE.c.webhook_id, first).where(sa.not_(_TABLE.c.dead))
+    rows = connection.execute(query.group_by(_TABLE.c.webhook_id).order_by(first, _TABLE.c.webhook_id))
+    return [(webhook_id, moment) for webhook_id, moment in rows]
 
 
 def dead(connection: Connection, webhook_id: str, limit: int) -> list[Delivery]:

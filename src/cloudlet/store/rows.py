@@ -31,6 +31,17 @@ def new_id() -> str:
     return str(uuid.uuid4())
 
 
+SITE = "00000000-0000-0000-0000-000000000000"
+"""Who owns what nobody brought: a base that was here before anybody came."""
+
+
+class CloudletState(StrEnum):
+    """Whether the site admits new instances."""
+
+    UP = "up"
+    DRAINING = "draining"
+
+
 class FileState(StrEnum):
     """Where a base or an overlay is on its way into the site."""
 
@@ -148,6 +159,8 @@ class Instance(Owned):
     restart: bool = False
     """Whether it is started again when it ended by itself."""
     restarts: int = 0
+    resume_at_start: bool = False
+    """Whether it was suspended only because the machine was shut down."""
     error: Mapping[str, Any] | None = None
 
 

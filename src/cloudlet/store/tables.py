@@ -125,6 +125,7 @@ instances = sa.Table(
     sa.Column("warned", sa.Boolean, nullable=False),
     sa.Column("restart", sa.Boolean, nullable=False),
     sa.Column("restarts", sa.Integer, nullable=False),
+    sa.Column("resume_at_start", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("error", sa.JSON),
 )
 operations = sa.Table(

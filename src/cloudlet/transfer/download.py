@@ -11,6 +11,7 @@ from http.client import HTTPException, HTTPResponse
 
 from cloudlet.errors import TruncatedError
 from cloudlet.transfer.link import Link, Patience
+from cloudlet.transfer.networks import Networks
 from cloudlet.transfer.ranges import Ranges
 from cloudlet.transfer.resource import Resource, WholeOnlyError, ask, request_for
 
@@ -25,10 +26,11 @@ _PIECE = 64 << 10
 class Download:
     """One resource; all but :meth:`fetch` is for one thread."""
 
-    def __init__(self, url: str, link: Link, patience: float) -> None:
+    def __init__(self, url: str, link: Link, patience: float, networks: Networks) -> None:
         """Nothing is asked for yet.
 
         :param patience: seconds without a byte after which it is an error.
+        :param networks: where the URL may lead.
         """
         self.offset = 0
         self.ranged = False
@@ -36,9 +38,15 @@ class Download:
         self._url = url
         self._link = link
         self._patience = patience
+        self._networks = networks
         self._resource: Resource | None = None
         self._ranges: Ranges | None = None
         self._response: HTTPResponse | None = None
+
+    @property
+    def total(self) -> int | None:
+        """Its size in bytes, where the server has said it."""
+        return self._resource.total if self._resource else None
 
     def read(self, size: int, /) -> bytes:
         """The next bytes.
@@ -91,8 +99,7 @@ class Download:
             self._ranges.close()
 
     def _at_end(self) -> bool:
-        total = self._resource.total if self._resource else None
-        return total is not None and self.offset >= total
+        return self.total is not None and self.offset >= self.total
 
     def _take(self, size: int) -> bytes:
         assert self._response
@@ -102,11 +109,12 @@ class Download:
 
     def _open(self, timeout: float) -> None:
         known = self._resource
-        answer = ask(request_for(self._url, self.offset, tag=known.tag if known else None), timeout)
+        request = request_for(self._url, self.offset, tag=known.tag if known else None)
+        answer = ask(request, timeout, self._networks)
         self._response = answer
         if known is None:
             known = self._resource = Resource.of(answer.url, answer)
-            self._ranges = Ranges(self._url, known, self._link, self._patience)
+            self._ranges = Ranges(self._url, known, self._link, self._patience, self._networks)
             self.ranged = known.ranged
         if answer.status == 206:
             known.check_range(answer, self.offset)

@@ -19,6 +19,8 @@ class Origin(Protocol):
     offset: int
     ranged: bool
 
+    @property
+    def total(self) -> int | None: ...
     def read(self, size: int, /) -> bytes: ...
     def seek(self, offset: int) -> None: ...
     def fetch(self, offset: int, size: int) -> bytes: ...
@@ -29,6 +31,7 @@ class Pipe:
     """What can be read once, in order."""
 
     ranged = False
+    total: int | None = None
 
     def __init__(self, name: str, raw: BinaryIO | FileIO, link: Link, *, keep: bool = False) -> None:
         """A pipe at its beginning; with ``keep`` it is somebody else's to close."""
@@ -65,6 +68,7 @@ class File(Pipe):
 
     def __init__(self, name: str, file: FileIO, link: Link) -> None:
         super().__init__(name, file, link)
+        self.total = os.fstat(file.fileno()).st_size
         self._file = file
         self._open = threading.Lock()
         """Held while the file is read out of order: its descriptor must not become another's meanwhile."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from urllib.request import Request, getproxies, proxy_bypass
 
 from cloudlet.errors import CloudletError, TruncatedError
 from cloudlet.transfer.link import Link, Patience
+from cloudlet.transfer.networks import Networks
 from cloudlet.transfer.resource import Resource, WholeOnlyError, ask, refusal, request_for
 
 _EXPIRED = (401, 403, 404, 410)
@@ -18,7 +19,9 @@ _EXPIRED = (401, 403, 404, 410)
 class Ranges:
     """Ranges of one resource, asked for one after the other on a connection that is kept."""
 
-    def __init__(self, first_url: str, resource: Resource, link: Link, patience: float) -> None:
+    def __init__(
+        self, first_url: str, resource: Resource, link: Link, patience: float, networks: Networks
+    ) -> None:
         """Nothing is asked for yet.
 
         :param first_url: what led to the resource.
@@ -28,6 +31,7 @@ class Ranges:
         self._resource = resource
         self._link = link
         self._patience = patience
+        self._networks = networks
         self._turn = threading.Lock()
         self._connection: HTTPConnection | None = None
 
@@ -88,7 +92,7 @@ class Ranges:
         url = self._url
         request = request_for(url, offset, size, self._resource.tag)
         if _proxied(request):
-            answer = ask(request, timeout)
+            answer = ask(request, timeout, self._networks)
         else:
             connection = self._connected(request, timeout)
             connection.request("GET", request.selector, headers=dict(request.header_items()))
@@ -96,7 +100,8 @@ class Ranges:
         if answer.status in _EXPIRED and url != self._first_url:
             answer.close()
             self._drop()
-            answer = ask(request_for(self._first_url, offset, size, self._resource.tag), timeout)
+            request = request_for(self._first_url, offset, size, self._resource.tag)
+            answer = ask(request, timeout, self._networks)
             url = self._url = answer.url
         try:
             if answer.status >= 300:
@@ -112,8 +117,7 @@ class Ranges:
 
     def _connected(self, request: Request, timeout: float) -> HTTPConnection:
         if self._connection is None:
-            kind = HTTPSConnection if request.type == "https" else HTTPConnection
-            connection = kind(request.host, timeout=timeout)
+            connection = self._networks.connection(request.type, request.host, timeout)
             connection.connect()
             self._connection = connection
         else:

@@ -10,10 +10,12 @@ import re
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPResponse, InvalidURL
-from urllib.request import Request
+from urllib.request import OpenerDirector, Request
 
 from cloudlet.errors import FailedError, NotFoundError, RefusedError, TruncatedError, UsageError
+from cloudlet.transfer.networks import EVERYWHERE, Networks
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.ASCII)
 _COUNT = re.compile(r"\d{1,18}", re.ASCII)
@@ -113,19 +115,56 @@ def request_for(url: str, offset: int = 0, size: int | None = None, tag: str | N
         raise no_url(url, error) from error
 
 
-def ask(request: Request, timeout: float) -> HTTPResponse:
+def ask(request: Request, timeout: float, networks: Networks = EVERYWHERE) -> HTTPResponse:
     """The answer to a request on a connection of its own; redirects and proxies are followed.
 
+    :param networks: where it may lead, and each redirect.
     :raises OSError: it may be worth another try, as may ``HTTPException``.
     """
     try:
-        answer: HTTPResponse = urllib.request.urlopen(request, timeout=timeout)
+        answer: HTTPResponse = _opener(networks).open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         with error:
             raise refusal(request.full_url, error.code) from error
     except (ValueError, InvalidURL) as error:
         raise no_url(request.full_url, error) from error
     return answer
+
+
+class _Http(urllib.request.HTTPHandler):
+    """Connects to where it may, unless a proxy does that."""
+
+    def __init__(self, networks: Networks) -> None:
+        super().__init__()
+        self._networks = networks
+
+    def http_open(self, request: Request) -> HTTPResponse:
+        return self._open("http", request)
+
+    def https_open(self, request: Request) -> HTTPResponse:
+        return self._open("https", request)
+
+    https_request = urllib.request.HTTPHandler.http_request
+
+    def _open(self, scheme: str, request: Request) -> HTTPResponse:
+        proxied = request.has_proxy() or getattr(request, "_tunnel_host", None)
+        networks = EVERYWHERE if proxied else self._networks
+        return self.do_open(partial(networks.connection, scheme), request)
+
+
+def _opener(networks: Networks) -> OpenerDirector:
+    """What follows redirects and proxies of HTTP, and knows no other kinds of URLs."""
+    opener = OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.UnknownHandler(),
+        _Http(networks),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.HTTPErrorProcessor(),
+    ):
+        opener.add_handler(handler)
+    return opener
 
 
 def no_url(url: str, error: Exception) -> UsageError:

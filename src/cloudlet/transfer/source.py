@@ -21,6 +21,7 @@ from typing import BinaryIO, Protocol
 from cloudlet.errors import FailedError, NotFoundError, RefusedError, UsageError
 from cloudlet.transfer.download import Download
 from cloudlet.transfer.link import Link
+from cloudlet.transfer.networks import EVERYWHERE, Networks
 from cloudlet.transfer.origin import File, Origin, Pipe
 
 PATIENCE_SECONDS = 60.0
@@ -37,17 +38,23 @@ class Bytes(Protocol):
 
 @contextmanager
 def open_source(
-    where: str, standard_input: BinaryIO, rate: float | None = None, *, patience: float = PATIENCE_SECONDS
+    where: str,
+    standard_input: BinaryIO,
+    rate: float | None = None,
+    *,
+    patience: float = PATIENCE_SECONDS,
+    networks: Networks = EVERYWHERE,
 ) -> Iterator[Source]:
     """The bytes at ``where``: a path, an http(s) URL, or ``-`` for standard input.
 
     :param rate: bytes per second at most, of the stream and of ranges together.
     :param patience: seconds without a single byte from a web server after which it is an error. Until then
         what failed is tried again. A pipe is waited for however long it takes: who writes it has its reasons.
+    :param networks: where a URL may lead.
     """
     if where.partition("://")[0].lower() in ("http", "https"):
         link = Link(rate)
-        origin: Origin = Download(where, link, patience)
+        origin: Origin = Download(where, link, patience, networks)
     elif where == "-":
         link = Link(rate)
         # Not the buffer: a thread that waits in it when the program ends would hold its lock.
@@ -134,6 +141,11 @@ class Source:
     def ranged(self) -> bool:
         """Whether :meth:`fetch` can work: a file, or a server that said so when it first answered."""
         return self._origin.ranged
+
+    @property
+    def total(self) -> int | None:
+        """Its size in bytes, where that is known; of what a server has, when the first bytes have come."""
+        return self._origin.total
 
     def fetch(self, offset: int, size: int) -> bytes:
         """Exactly these bytes, while the stream goes on; one fetch at a time.

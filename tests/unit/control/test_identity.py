@@ -65,8 +65,9 @@ def host(request: pytest.FixtureRequest, tmp_path: Path) -> Host:
     shell = list(request.param)
     shell[0] = shutil.which(shell[0]) or shutil.which(Path(shell[0]).name) or ""
     rights = subprocess.run([*APART, "cat", "/proc/self/status"], capture_output=True, text=True, check=False)
-    if not shell[0] or os.geteuid() or rights.returncode:
-        pytest.skip("needs root, name spaces and this shell")
+    assert shell[0], f"{request.param[0]} is missing: tools/setup test"
+    if os.geteuid() or rights.returncode:
+        pytest.skip("needs root and name spaces")
     (effective,) = [line.split()[1] for line in rights.stdout.splitlines() if line.startswith("CapEff:")]
     assert not int(effective, 16) >> CAP_SYS_TIME & 1
     return Host(tmp_path, shell)

@@ -22,9 +22,11 @@ from cloudlet.model import LARGEST_DISK_BYTES, Accelerator, Machine, Readiness
 from cloudlet.overlay import canonical
 from cloudlet.overlay.limits import DEVICE_BYTES
 from cloudlet.overlay.root import DeviceSection
+from cloudlet.sparse import CHUNK_BYTES
 from cloudlet.store import bases as store
 from cloudlet.store import exchange
 from cloudlet.store.bases import Base, BaseStore, Description, Guest, check_name
+from cloudlet.store.exchange import Export
 
 MACHINE = Machine("pc-q35-7.2", Accelerator.TCG, "Nehalem", 1, 8192, 4096)
 CREATED = "2026-01-01T00:00:00Z"
@@ -125,6 +127,90 @@ def test_an_export_is_taken(bases: BaseStore, tmp_path: Path) -> None:
     renamed = exchange.import_base(other, path, "two")
     assert renamed
     assert [one.name for one in other.all()] == ["two"]
+
+
+def test_an_export_is_the_same_from_anywhere(bases: BaseStore, tmp_path: Path) -> None:
+    base = add(bases, "one")
+    exchange.export_base(base, tmp_path / "export")
+    whole = (tmp_path / "export").read_bytes()
+    assert Export.kept(base) is None
+    made, kept = Export.of(base), Export.kept(base)
+    assert kept
+    for export in (made, kept):
+        assert (export.size, export.digest) == (len(whole), blake3(whole).hexdigest())
+        for start in range(len(whole) + 1):
+            for length in {0, 1, 13, len(whole) - start}:
+                with export.read(start, length) as pieces:
+                    assert b"".join(pieces) == whole[start : start + length]
+
+
+def test_an_export_with_chunks_and_holes_is_the_same_from_anywhere(bases: BaseStore, tmp_path: Path) -> None:
+    """Chunks of some sizes, each file's last one shorter, and between them nothing."""
+    base = add(bases, "one")
+    base.path.chmod(0o700)
+    sizes = {store.DISK: 7 * CHUNK_BYTES + 999, store.RAM: 3 * CHUNK_BYTES, store.DEVICE_STATE: 70}
+    for name, size in sizes.items():
+        (base.path / name).unlink()
+        with (base.path / name).open("wb") as file:
+            file.truncate(size)
+            for number in (0, 2, 7):
+                file.seek(number * CHUNK_BYTES)
+                file.write(os.urandom(max(0, min(50 << number, size - file.tell()))))
+    exchange.export_base(base, tmp_path / "export")
+    whole = (tmp_path / "export").read_bytes()
+    export = Export.of(base)
+    assert export.digest == blake3(whole).hexdigest()
+    edges = [0, *export.parts[:, 2].tolist()]
+    for edge in edges:
+        for start in {max(0, edge - 1), edge, min(edge + 5, len(whole))}:
+            with export.read(start, len(whole) - start) as pieces:
+                assert b"".join(pieces) == whole[start:]
+            with export.read(start, 4) as pieces:
+                assert b"".join(pieces) == whole[start : start + 4]
+
+
+def test_an_export_is_packed_anew_when_other_bytes_would_come(
+    bases: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = add(bases, "one")
+    first = Export.of(base)
+    exchange.export_base(base, tmp_path / "export")
+    renamed = exchange.import_base(bases, tmp_path / "export", "other")
+    assert renamed
+    assert Export.kept(renamed) is None
+    second = Export.of(renamed)
+    assert second.digest != first.digest
+    index = base.path / "export-index"
+    for damage in (b"", b"PK", index.read_bytes()[:-9], b"\0" * 999):
+        index.write_bytes(damage)
+        assert Export.kept(renamed) is None
+        assert Export.of(renamed).digest == second.digest
+    monkeypatch.setattr(exchange.zstd, "zstd_version", "9.9.9")
+    assert Export.kept(renamed) is None
+
+
+def test_an_export_of_a_base_that_is_going(bases: BaseStore) -> None:
+    base = add(bases, "one")
+    export = Export.of(base)
+    with export.read(0, export.size) as pieces:
+        got = [next(pieces)]
+        bases.delete(base, [])
+        got += pieces
+    assert blake3(b"".join(got)).hexdigest() == export.digest
+    with pytest.raises(FileNotFoundError), export.read(0, 1):
+        pass
+    with pytest.raises(FileNotFoundError):
+        Export.of(base)
+
+
+def test_an_export_that_is_not_as_it_was_ends(bases: BaseStore) -> None:
+    base = add(bases, "one")
+    export = Export.of(base)
+    disk = base.path / store.DISK
+    disk.chmod(0o600)
+    disk.write_bytes(os.urandom(4096))
+    with export.read(0, export.size) as pieces, pytest.raises(CorruptError, match="was changed"):
+        list(pieces)
 
 
 def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:

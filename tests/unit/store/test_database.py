@@ -76,6 +76,36 @@ def test_a_change_that_comes_too_late_is_refused(database: Database) -> None:
         database.write(lambda connection: INSTANCES.update(connection, "none", name="x"))
 
 
+def test_the_first_write_is_bound_to_a_condition_and_no_other(database: Database) -> None:
+    row, asked = add(database), []
+
+    def so(connection: Connection) -> None:
+        asked.append(INSTANCES.get(connection, row.id, lock=True).name)
+
+    def not_so(connection: Connection) -> None:
+        raise ConflictError("it is not so")
+
+    def rename(name: str) -> None:
+        database.write(lambda connection: INSTANCES.update(connection, row.id, name=name))
+
+    with database.only_if(so):
+        assert database.read(lambda connection: INSTANCES.get(connection, row.id)).name == "i"
+        assert asked == []
+        rename("one")
+        rename("two")
+    assert asked == ["i"]
+    with pytest.raises(ConflictError, match="not so"), database.only_if(not_so):
+        rename("three")
+    with database.only_if(not_so):
+        elsewhere = threading.Thread(target=rename, args=("of another thread",))
+        elsewhere.start()
+        elsewhere.join()
+    rename("four")
+    with database.only_if(None):
+        rename("five")
+    assert database.read(lambda connection: INSTANCES.get(connection, row.id)).name == "five"
+
+
 def test_pages_of_a_list_hold_every_row_once(database: Database) -> None:
     moment = now()
     rows = [add(database, name=f"{number % 3}", created_at=moment) for number in range(10)]
@@ -103,6 +133,53 @@ def test_what_is_there_once_is_not_put_in_twice(database: Database) -> None:
     again = App(**OWNER, name="a", version="1", descriptor={})
     with pytest.raises(ConflictError, match="already"):
         database.write(lambda connection: APPS.insert(connection, again))
+
+
+def test_any_letter_is_itself_and_no_other(database: Database) -> None:
+    names = ["ä 🌩", "a", "A", "ä", "Ä", "ß", "ss", "\u4e91"]
+    for name in names:
+        app = App(project_id="p", user_id=name, name=name, version="1", descriptor={})
+        database.write(lambda connection, app=app: APPS.insert(connection, app))  # type: ignore[misc]
+    for name in names:
+        for key in ("name", "user_id"):
+            (found,) = database.read(lambda connection, given={key: name}: APPS.list(connection, **given))  # type: ignore[misc]
+            assert found.name == name
+    assert [app.name for app in database.read(lambda connection: APPS.list(connection, user_id="b"))] == []
+
+
+@pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)
+def test_what_another_server_made_of_letters_is_put_right(database_url: str) -> None:
+    database = Database(database_url)
+    database.create()
+
+    def spoil(connection: Connection) -> None:
+        connection.exec_driver_sql("ALTER DATABASE CHARACTER SET latin1 COLLATE latin1_swedish_ci")
+        keys = [
+            (name, key)
+            for name in tables.METADATA.tables
+            for key in sa.inspect(connection).get_foreign_keys(name)
+        ]
+        for name, key in keys:
+            connection.exec_driver_sql(f"ALTER TABLE {name} DROP FOREIGN KEY {key['name']}")
+        for name in tables.METADATA.tables:
+            connection.exec_driver_sql(f"ALTER TABLE `{name}` CONVERT TO CHARACTER SET latin1")
+        for name, key in keys:
+            connection.exec_driver_sql(
+                f"ALTER TABLE {name} ADD CONSTRAINT {key['name']} FOREIGN KEY "
+                f"({key['constrained_columns'][0]}) REFERENCES {key['referred_table']} "
+                f"({key['referred_columns'][0]}) ON DELETE {key['options'].get('ondelete', 'RESTRICT')}"
+            )
+        connection.execute(sa.text(f"UPDATE {VERSION_TABLE} SET version_num = '0002'"))
+
+    database.write(spoil)
+    app = App(**OWNER, name="ä", version="1", descriptor={})
+    database.write(lambda connection: APPS.insert(connection, app))
+    database.create()
+    for name in ("🌩", "A", "a"):
+        another = App(**OWNER, name=name, version="1", descriptor={})
+        database.write(lambda connection, another=another: APPS.insert(connection, another))  # type: ignore[misc]
+    assert database.read(lambda connection: APPS.get(connection, app.id)) == app
+    database.close()
 
 
 def test_an_error_leaves_nothing(database: Database) -> None:

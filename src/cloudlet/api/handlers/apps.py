@@ -50,7 +50,7 @@ def show(app: App) -> AppBody:
 def update(call: Call, app: App, body: AppUpdateBody) -> AppBody:
     """Change an app; what runs of it stays as it is."""
     _see_overlays(call, body.app.components or ())
-    changes = body.app.model_dump(mode="json", include=body.app.model_fields_set)
+    changes = body.app.model_dump(mode="json", include=body.app.model_fields_set, exclude_none=True)
     public = changes.pop("public", None)
     return AppBody(app=AppView.of(call.site.apps.update(app, public, changes)))
 

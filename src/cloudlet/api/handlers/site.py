@@ -6,8 +6,16 @@ import cloudlet
 from cloudlet.api import microversion
 from cloudlet.api.operation import Answer, Call, Text
 from cloudlet.api.schemas.common import Link
-from cloudlet.api.schemas.site import CloudletBody, CloudletView, VersionBody, VersionsBody, VersionView
+from cloudlet.api.schemas.site import (
+    CloudletBody,
+    CloudletUpdateBody,
+    CloudletView,
+    VersionBody,
+    VersionsBody,
+    VersionView,
+)
 from cloudlet.service import capacity
+from cloudlet.store.rows import Owned
 
 
 def versions(call: Call) -> VersionsBody:
@@ -23,13 +31,16 @@ def version(call: Call) -> VersionBody:
 def show(call: Call) -> CloudletBody:
     """Show this cloudlet: what it is, what it may give, what it has given."""
     site = call.site
-    limits, used = site.options.limits, site.database.read(capacity.used)
+    limits = site.options.limits
+    state, used = site.database.read(
+        lambda connection: (capacity.state(connection), capacity.used(connection))
+    )
     machine = site.machine.hypervisor.machine(memory_bytes=1 << 20, disk_bytes=1 << 20)
     return CloudletBody(
         cloudlet=CloudletView(
             id=site.id,
             name=site.name,
-            state="up",
+            state=state,
             software_version=cloudlet.__version__,
             hypervisor=site.machine.hypervisor.name,
             accelerator=machine.accelerator,
@@ -48,6 +59,17 @@ def show(call: Call) -> CloudletBody:
             },
         )
     )
+
+
+def update(call: Call, body: CloudletUpdateBody) -> CloudletBody:
+    """Have this cloudlet admit no new instance (``draining``), or admit them again (``up``).
+
+    What is there goes on, can be renewed, paused, saved and deleted. A new instance, and one that is to come
+    back from suspension, is refused until the site is up again.
+    """
+    by = Owned(id=call.site.id, project_id=call.who.project_id, user_id=call.who.user_id)
+    call.site.database.write(lambda connection: capacity.become(connection, body.cloudlet.state, by))
+    return show(call)
 
 
 def openapi(call: Call) -> Text:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cloudlet.api.schemas.common import Identifier, Incoming, Link, ListQuery, Moment, Name, Seconds, View
+from cloudlet.errors import UsageError
+from cloudlet.model import Readiness, ReadinessKind
 from cloudlet.store.rows import App
+
+
+class ComponentPort(Incoming):
+    """A port of a component's guest that users reach."""
+
+    port: int = Field(ge=1, le=65535)
+    name: str = Field("", max_length=128)
+    access: Literal["open"] = Field("open", description="who may connect: everybody who reaches the site")
 
 
 class Component(Incoming):
@@ -16,6 +26,24 @@ class Component(Incoming):
 
     name: Name = "main"
     overlay_id: Identifier
+    ports: list[ComponentPort] | None = Field(
+        None, max_length=64, description="which ports are published; those of the overlay if not given"
+    )
+    readiness: str | None = Field(
+        None,
+        max_length=1024,
+        description="when the app answers, if not when its overlay says: agent, tcp:PORT or http:PORT/PATH",
+    )
+
+    @field_validator("readiness")
+    @classmethod
+    def _understood(cls, rule: str | None) -> str | None:
+        try:
+            if rule is not None and Readiness.parse(rule).kind is ReadinessKind.SERIAL:
+                raise UsageError("an app that is resumed says nothing more on its console")
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+        return rule
 
 
 class Intent(Incoming):
@@ -23,6 +51,9 @@ class Intent(Incoming):
 
     latency_ms: float | None = Field(None, gt=0, le=10_000)
     bandwidth_mbit: float | None = Field(None, gt=0, le=1_000_000)
+    accelerators: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(
+        default_factory=list, max_length=16, description="what it computes with, such as gpu"
+    )
 
 
 class AppCreate(Incoming):
@@ -39,7 +70,10 @@ class AppCreate(Incoming):
 
     def descriptor(self) -> dict[str, Any]:
         """What is kept of it besides its name."""
-        return self.model_dump(mode="json", exclude={"name", "version", "public"})
+        whole = self.model_dump(mode="json", exclude={"name", "version", "public"})
+        # As it may be given again: what is not said is left out.
+        components = [one.model_dump(mode="json", exclude_none=True) for one in self.components]
+        return {**whole, "components": components}
 
 
 class AppCreateBody(Incoming):

@@ -6,10 +6,24 @@ from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints
 
-from cloudlet.api.schemas.common import ErrorView, Incoming, Link, ListQuery, Moment, View, error_view
+from cloudlet.api.schemas.common import (
+    ErrorView,
+    Incoming,
+    Link,
+    ListQuery,
+    Moment,
+    Url,
+    View,
+    error_view,
+)
 from cloudlet.store.rows import Base, FileState
 
-BaseName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+BaseName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"),
+    Field(json_schema_extra={"not": {"pattern": "^[0-9A-Fa-f]{16,}$"}}),
+]
+"""It does not look like the id of a base: :func:`cloudlet.store.bases.check_name` sees to that."""
 
 
 class BaseView(View):
@@ -58,9 +72,10 @@ class BasesBody(View):
 
 
 class BaseCreate(Incoming):
-    """A new base, whose exported file is uploaded next."""
+    """A new base, whose exported file is uploaded next, or fetched from a URL."""
 
-    name: BaseName
+    name: BaseName | None = Field(None, description="needed without url; else left out: as the file says")
+    url: Url | None = None
 
 
 class BaseCreateBody(Incoming):

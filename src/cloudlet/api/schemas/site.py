@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cloudlet.api.schemas.common import Link, View
+from pydantic import Field
+
+from cloudlet.api.schemas.common import Incoming, Link, View
+from cloudlet.store.rows import CloudletState
 
 
 class VersionView(View):
@@ -35,7 +38,7 @@ class CloudletView(View):
 
     id: str
     name: str
-    state: str
+    state: CloudletState
     software_version: str
     hypervisor: str
     accelerator: str
@@ -48,3 +51,15 @@ class CloudletBody(View):
     """One cloudlet."""
 
     cloudlet: CloudletView
+
+
+class CloudletUpdate(Incoming):
+    """What may change of a cloudlet."""
+
+    state: CloudletState = Field(description="draining: it admits no instance that is not there yet")
+
+
+class CloudletUpdateBody(Incoming):
+    """Changes of a cloudlet."""
+
+    cloudlet: CloudletUpdate

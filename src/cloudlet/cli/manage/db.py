@@ -17,7 +17,7 @@ class Sync(ManageCommand):
     """Make the site's tables, or bring them to this program's version; nothing happens where they are."""
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
-        from cloudlet.service.work import create_tables  # TaskFlow takes half a second
+        from cloudlet.service.engine import create_tables  # TaskFlow takes half a second
 
         database = Database(self.site_options.database_url)
         try:

@@ -42,7 +42,7 @@ class Publish(Sends, ShowsOne):
             if app.overlay_id == overlay.id:
                 self.say(f"app {name} {version} is published already")
                 return shown.columns(shown.app(app))
-        more = {"version": version, "summary": inside.summary, "public": public}
+        more: dict[str, Any] = {"version": version, "summary": inside.summary, "public": public}
         app = self.client.create_app(name, overlay, **more)
         self.say(f"app {name} {version} is published")
         return shown.columns(shown.app(app))
@@ -67,10 +67,29 @@ class Create(ShowsOne):
             "--restart", action="store_true", help="start instances again that end by themselves"
         )
         parser.add_argument("--lease", type=count, metavar="SECONDS", help="the lease of who asks for none")
+        parser.add_argument(
+            "--port", type=_port, action="append", metavar="PORT[:NAME]",
+            help="publish this port of the guest, and no others (default: those that the overlay names)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--ready", metavar="RULE", help="when it answers: agent, tcp:PORT, http:PORT/PATH "
+            "(default: as in the overlay)",
+        )  # fmt: skip
+        parser.add_argument("--latency", type=float, metavar="MS", help="the latency that it needs")
+        parser.add_argument("--bandwidth", type=float, metavar="MBIT", help="the bandwidth that it needs")
+        parser.add_argument("--accelerator", action="append", metavar="KIND", help="what it computes with")
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Columns:
+        intent = {
+            "latency_ms": parsed_args.latency,
+            "bandwidth_mbit": parsed_args.bandwidth,
+            "accelerators": parsed_args.accelerator,
+        }
+        component = {"ports": parsed_args.port, "readiness": parsed_args.ready}
         more: dict[str, Any] = {
+            "component": _given(component),
+            "intent": _given(intent),
             "version": parsed_args.app_version,
             "summary": parsed_args.summary,
             "public": not parsed_args.private,
@@ -79,6 +98,16 @@ class Create(ShowsOne):
         }
         overlay = self.client.find_overlay(parsed_args.overlay)
         return shown.columns(shown.app(self.client.create_app(parsed_args.name, overlay, **more)))
+
+
+def _port(text: str) -> dict[str, Any]:
+    """Read ``PORT[:NAME]``."""
+    port, _, name = text.partition(":")
+    return {"port": int(port), "name": name}
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class List(Lists):

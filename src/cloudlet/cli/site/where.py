@@ -38,6 +38,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="a file with the user's password (Env: CLOUDLET_PASSWORD, the password itself)",
     )
+    group.add_argument(
+        "--os-cacert",
+        metavar="FILE",
+        help="the certificates to trust, a PEM file, where the site's is not signed by one that this machine "
+        "trusts (Env: OS_CACERT)",
+    )
 
 
 class ClientManager:
@@ -71,11 +77,15 @@ class ClientManager:
         site, cloud = options.site, options.os_cloud
         if not site and not cloud:
             site, cloud = environment.get("CLOUDLET_SITE"), environment.get("OS_CLOUD")
+        trusted = options.os_cacert or environment.get("OS_CACERT")
+        if trusted and not Path(trusted).is_file():
+            raise NotFoundError(f"{trusted} is not there", hint="--os-cacert names a file of certificates")
         if cloud and not site:
-            return connect_cloud(cloud)
+            return connect_cloud(cloud, trusted)
         user = options.user or environment.get("CLOUDLET_USER")
         site = site or f"unix:{self._settings().state_dir / 'api.sock'}"
-        return connect(site, user=user, password=self._password(user) if user else None)
+        password = self._password(user) if user else None
+        return connect(site, user=user, password=password, verify=trusted or True)
 
     def _password(self, user: str) -> str:
         if file := self._options.password_file:

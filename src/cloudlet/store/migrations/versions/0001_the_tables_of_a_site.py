@@ -14,6 +14,9 @@ down_revision = None
 
 
 def upgrade() -> None:
+    if op.get_bind().dialect.name in ("mysql", "mariadb"):
+        # Any letter can be written, and letters are equal if they are the same: Mia is not mia.
+        op.execute("ALTER DATABASE CHARACTER SET utf8mb4 COLLATE utf8mb4_bin")
     op.create_table(
         "apps",
         sa.Column("id", sa.String(length=36), nullable=False),

@@ -1,0 +1,23 @@
+"""Facts: what a site remembers of itself as a whole, by name."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from cloudlet.store import tables
+
+_FACTS = tables.facts
+
+
+def read(connection: Connection, name: str) -> str | None:
+    """A fact; None if nobody has stated it."""
+    query = sa.select(_FACTS.c.value).where(_FACTS.c.name == name)
+    return connection.execute(query).scalar_one_or_none()
+
+
+def write(connection: Connection, name: str, value: str | None) -> None:
+    """State a fact, or have it forgotten."""
+    connection.execute(sa.delete(_FACTS).where(_FACTS.c.name == name))
+    if value is not None:
+        connection.execute(sa.insert(_FACTS).values(name=name, value=value))

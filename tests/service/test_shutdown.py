@@ -1,0 +1,73 @@
+"""The machine is shut down: what runs is suspended before, and goes on when the site is started again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import requests
+
+from cloudlet.cli.manage import suspend
+from cloudlet.hypervisor.records import records
+from tests.service.conftest import DEADLINE, Made
+from tests.service.served import served, settings_file
+
+
+def manage(settings: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("cloudlet-manage")), "--config-file", str(settings), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=DEADLINE)
+
+
+def test_suspended_before_and_resumed_after(tmp_path: Path, made: Made, hashed: str) -> None:
+    settings = settings_file(tmp_path, made, hashed)
+    with served(settings) as server:
+        call = server.call
+        app = call.publish(made.overlay)
+        active, paused = call.start(app), call.start(app)
+        call.post(f"/v1/instances/{paused['id']}/pause")
+        done = manage(settings, "suspend")
+        assert (done.returncode, done.stderr) == (0, "2 instances are suspended\n"), done
+        assert {one["state"] for one in call.get("/v1/instances")["instances"]} == {"suspended"}
+        refused = call("POST", "/v1/instances", {"instance": {"app_id": app["id"]}})
+        assert refused.status_code == 503, "what comes now would be lost"
+    assert records(tmp_path / "state" / "instances") == []
+    with served(settings) as server:
+        call = server.call
+        call.wait_event("operation.succeeded", resumed(call, active["id"]))
+        back = call.instance(active["id"])
+        assert back["state"] == "active"
+        assert requests.get(back["endpoints"][0]["url"], timeout=10).text == "hello\n"
+        assert call.instance(paused["id"])["state"] == "suspended"
+        call.done(call.post(f"/v1/instances/{paused['id']}/resume"))
+        for instance in (active, paused):
+            call.done(call.delete(f"/v1/instances/{instance['id']}"))
+    assert manage(settings, "suspend").returncode == 0, "nothing runs"
+
+
+def resumed(call: object, instance_id: str) -> str:
+    """The operation that resumes an instance."""
+    operations = call.get("/v1/operations?kind=instance.resume")["operations"]  # type: ignore[attr-defined]
+    (found,) = [one["id"] for one in operations if one["resources"]["instance"] == instance_id]
+    return str(found)
+
+
+def test_killed_before_all_were_suspended(
+    tmp_path: Path, made: Made, hashed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody serves: that is said, and the next start finds all as it was."""
+    settings = settings_file(tmp_path, made, hashed)
+    with served(settings) as server:
+        instance = server.call.start(server.call.publish(made.overlay))
+    done = manage(settings, "suspend", "--timeout", "1")
+    assert done.returncode == 1
+    assert "1 instances still run" in done.stderr
+    assert "is the service running?" in done.stderr
+    with served(settings) as server:
+        assert server.call.instance(instance["id"])["state"] == "active"
+        server.call.done(server.call.delete(f"/v1/instances/{instance['id']}"))
+
+
+def test_the_command_teaches() -> None:
+    assert "Example: cloudlet-manage suspend" in (suspend.Suspend.__doc__ or "")

@@ -53,7 +53,7 @@ _PAUSE = 0.01
 
 def throughput(lab: Lab, results: Results) -> None:
     """Requests per second on one core and CPU per request, in turns with a bare handler on the same rows."""
-    seconds, posts = (1.0, 20) if lab.quick else (3.0, POSTS)
+    seconds, posts = (1.0, 40) if lab.quick else (3.0, POSTS)
     with fake_site(lab, "fake") as site:
         for _ in range(LISTED):
             site.call("POST", "/v1/instances", {"instance": {"app_id": site.app}})

@@ -138,10 +138,10 @@ def _hostile_table(f: Figures) -> Iterator[str]:
     yield (
         f"A polite user asks for an instance {RATE} times a second, every second time on a new connection; "
         "time counts from when a request was due. The server has both cores, as in earnest. Hostile clients "
-        "are a process of their own, on one of them, that of the polite one, to which they give way (`nice`): "
-        "on two cores, which are shared with others too, they cost some of what is seen here by themselves. "
-        "*As before*: until a second began of whose requests at most one in fifty took more than twice the "
-        "undisturbed p99.\n"
+        "are a process of their own, on one of them, which is the polite one's too and where they give way "
+        "(`nice`): on two cores, which are shared with others, they cost some of what is seen here by "
+        "themselves. *As before*: until a second began of whose requests at most one in fifty took more than "
+        "twice the undisturbed p99.\n"
     )
     yield _row(
         "clients", "median, ms", "p99, ms", "x", "failed", "as before after, s", "server's CPU", "its MiB",

@@ -215,8 +215,7 @@ def serving(settings: Settings, folder: Path, cores: set[int]) -> Iterator[Serve
                 [*command, "serve", "--listen", "127.0.0.1:0"], stdout=subprocess.DEVNULL, stderr=errors
             )
         stack.callback(_end_instances, settings)
-        stack.callback(process.wait)
-        stack.callback(process.terminate)
+        stack.callback(_end, process)
         yield Served(_where(process, log), process.pid)
 
 
@@ -274,6 +273,15 @@ def _where(process: subprocess.Popen[bytes], log: Path) -> str:
             return url
         time.sleep(_PAUSE)
     raise FailedError(f"cloudlet serve does not serve: {log.read_text()[-500:]}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _end_instances(settings: Settings) -> None:

@@ -57,6 +57,10 @@ class UsageError(CloudletError):
     exit_code = ExitCode.USAGE
 
 
+class ImpossibleError(UsageError):
+    """The request is well formed, and what it wants cannot be: two things together, a forbidden address."""
+
+
 class NotFoundError(CloudletError):
     """The named thing is not here: a base, a file, a program."""
 

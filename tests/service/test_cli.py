@@ -158,8 +158,24 @@ def test_a_publisher_and_a_user(users: Users, made: Made, tmp_path: Path) -> Non
 
     assert users("paula", "app", "delete", "hello", "other").status == 0
     own = users.json(
-        "paula", "app", "create", "own", "--overlay", "hello", "--app-version", "3", "--lease", "9",
-        "--port", "8080:front", "--ready", "tcp:8080", "--latency", "20", "--accelerator", "gpu",
+        "paula",
+        "app",
+        "create",
+        "own",
+        "--overlay",
+        "hello",
+        "--app-version",
+        "3",
+        "--lease",
+        "9",
+        "--port",
+        "8080:front",
+        "--ready",
+        "tcp:8080",
+        "--latency",
+        "20",
+        "--accelerator",
+        "gpu",
     )
     assert (own["version"], own["lease_seconds"]) == ("3", 9)
     assert users("paula", "app", "delete", own["id"]).err == "app own 3 is withdrawn\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -44,10 +45,15 @@ def site(administrator: str, made: Made, hashed: str, tmp_path: Path) -> Iterato
         # oslo.config has a meaning for the sign.
         connection = {"connection": url.replace("$", "$$")}
         file = settings_file(tmp_path, made, hashed, database=connection, limits={"instances": MOST})
-        yield Site(file, made)
         settings = load(str(file))
+        try:
+            yield Site(file, made)
+            nothing_runs(settings)
+        finally:
+            for _, record in records(settings.instances_dir):  # of a test that failed
+                if record.machine:
+                    os.kill(record.machine.pid, signal.SIGKILL)
         assert not (settings.state_dir / "site.sqlite").exists()
-        nothing_runs(settings)
 
 
 def no_gaps(call: Caller) -> None:

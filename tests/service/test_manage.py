@@ -252,7 +252,7 @@ def test_the_sample_settings_are_all_settings(programs: Programs, tmp_path: Path
     for group, options in settings.list_opts():
         assert f"[{group}]" in sample
         for option in options:
-            assert re.search(rf"^#{option.name} = ", sample, re.MULTILINE), option.name
+            assert re.search(rf"^#{option.name} =", sample, re.MULTILINE), option.name
     assert "#www_authenticate_uri = " in sample
     given = re.sub(r"^#(\w+ = (?!<None>).*)$", r"\1", sample, flags=re.MULTILINE)
     (tmp_path / "all.conf").write_text(given)

@@ -240,21 +240,21 @@ def test_a_url_leads_to_public_addresses_only(options: Options, made: Made) -> N
                 ("instances", {"instance": {"url": url}}),
             ):
                 refused = call("POST", f"/v1/{body[0]}", body[1])
-                assert refused.status_code == 400, refused.text
+                assert refused.status_code == 422, refused.text
                 assert "which is not a public address" in refused.json()["errors"][0]["detail"]
             (overlay,) = call.get("/v1/overlays")["overlays"]
             refused = call("POST", "/v1/instances", {"instance": {"overlay_id": overlay["id"]}})
-            assert refused.status_code == 400
+            assert refused.status_code == 422
             app = {"name": "far", "version": "1", "components": [{"overlay_id": overlay["id"]}]}
             row = call.post("/v1/apps", {"app": app})["app"]
             ended = call.ended(call.post(f"/v1/apps/{row['id']}/prestage")["operation"])
-            assert (ended["state"], ended["error"]["code"]) == ("failed", "cloudlet.operation.invalid")
+            assert (ended["state"], ended["error"]["code"]) == ("failed", "cloudlet.operation.impossible")
             # As when the name leads elsewhere after the site has looked at the overlay's head.
             running.site.options = replace(closed, fetch_networks=options.fetch_networks)
             asked = call.post("/v1/instances", {"instance": {"overlay_id": overlay["id"]}})
             read = len(web.asked)
             ended = call.ended(asked["operation"])
-            assert (ended["state"], ended["error"]["code"]) == ("failed", "cloudlet.operation.invalid")
+            assert (ended["state"], ended["error"]["code"]) == ("failed", "cloudlet.operation.impossible")
             assert len(web.asked) == read, "its keeper has asked"
             call.done(call.delete(f"/v1/instances/{asked['operation']['resources']['instance']}"))
     nothing_runs(options.machine)

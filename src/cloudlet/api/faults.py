@@ -20,10 +20,6 @@ class NotAcceptableError(UsageError):
     """The version or the form that is asked for is not there."""
 
 
-class ImpossibleError(UsageError):
-    """Each member is as it should be, but not all of them together."""
-
-
 class BusyError(errors.CapacityError):
     """Too many do this at the moment."""
 
@@ -68,7 +64,7 @@ FAULTS: Mapping[type[CloudletError], Fault] = {
     UnauthenticatedError: Fault(401, "unauthenticated", "Not authenticated"),
     NotAcceptableError: Fault(406, "not_acceptable", "No such version"),
     BusyError: Fault(503, "busy", "Too many at once", 5),
-    ImpossibleError: Fault(422, "impossible", "It cannot be so"),
+    errors.ImpossibleError: Fault(422, "impossible", "It cannot be so"),
     RangeError: Fault(416, "range", "There is no such range"),
     ChangedError: Fault(412, "changed", "It has changed"),
     MethodError: Fault(405, "method", "The method is not allowed"),

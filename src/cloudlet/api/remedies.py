@@ -39,11 +39,13 @@ REMEDIES: Mapping[str, Remedy] = {
         "A client is newer than the site: upgrade the site.",
     ),
     "invalid": Remedy(
-        "The detail names the member that is wrong, and what is right. A URL that leads to an address which"
-        " is not public is refused, too.",
+        "The detail names the member that is wrong, and what is right.",
+    ),
+    "impossible": Remedy(
+        "Each member is as it should be, but it cannot be so: the detail says why. A URL that leads to an "
+        "address which is not public is among these.",
         "`[api] fetch_networks` and `[webhooks] allowed_networks` allow networks that URLs may lead to.",
     ),
-    "impossible": Remedy("Each member is right, but not all of them together: the detail says which."),
     "range": Remedy("The file is shorter than that: `Content-Range` in the answer says how long it is."),
     "conflict": Remedy(
         "It cannot be done in the present state, which the detail names: look at it again, wait for the "

@@ -35,7 +35,10 @@ _HEADER_BYTES = 64 << 10
 _SILENT_SECONDS = 10
 """Longest time between two bytes of a request or of an answer."""
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 16 << 20
-_PIECE = 64 << 10
+_NOWHERE = bytearray(64 << 10)
+"""Where bytes go that nobody reads: the same place for all."""
+_CALM_SECONDS = 10.0
+"""So long after the last thread that was missing, those too many begin to go."""
 _SPARE = 256
 """Threads for clients that are slow."""
 _NOT_TLS = (
@@ -104,8 +107,8 @@ def _linger(connection: socket.socket) -> None:
             connection.shutdown(socket.SHUT_WR)
         connection.settimeout(_LINGER_SECONDS)
         left = _LINGER_BYTES
-        while left > 0 and time.monotonic() < deadline and (piece := connection.recv(_PIECE)):
-            left -= len(piece)
+        while left > 0 and time.monotonic() < deadline and (came := connection.recv_into(_NOWHERE)):
+            left -= came
 
 
 class _Encrypted(Adapter):
@@ -205,9 +208,21 @@ class Server(CherootServer):
 class _Threads(ThreadPool):
     """Threads that become more while clients keep them from other clients."""
 
+    _grown = 0.0
+
+    def grow(self, amount: int) -> None:
+        """Begin more threads. The pool's own way waits for each, for ever for one that was told to end."""
+        pool: Any = self  # cheroot tells nobody of these
+        pool._clear_dead_threads()
+        room = self.max - len(pool._threads)
+        pool._threads += [pool._spawn_worker() for _ in range(min(amount, room))]
+
     def put(self, connection: Any) -> None:
         if self.idle <= self.qsize:
+            self._grown = time.monotonic()
             self.grow(1)
+        elif self.idle > self.min and time.monotonic() - self._grown > _CALM_SECONDS:
+            self.shrink(self.idle // 2)
         super().put(connection)
 
 

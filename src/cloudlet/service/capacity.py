@@ -23,6 +23,15 @@ SHUTDOWN = "shutdown"
 """The fact that the machine is about to be shut down."""
 _TAKES_NOTHING = (InstanceState.FAILED, InstanceState.SUSPENDED)
 
+# Written once: to write a query costs more than to answer it.
+_COUNT = tables.counters.c
+_LOCKED = sa.update(tables.counters).where(_COUNT.name == _LOCK).values(value=_COUNT.value + 1)
+_HAS = tables.instances.c
+_USED = sa.select(
+    sa.func.count(),
+    *(sa.func.coalesce(sa.func.sum(what), 0) for what in (_HAS.memory_bytes, _HAS.cpus, _HAS.disk_bytes)),
+).where(_HAS.state.not_in(_TAKES_NOTHING))
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -36,20 +45,12 @@ class Usage:
 
 def lock(connection: Connection) -> None:
     """Be the only one who admits, to the end of the transaction."""
-    counters = tables.counters
-    connection.execute(sa.update(counters).where(counters.c.name == _LOCK).values(value=counters.c.value + 1))
+    connection.execute(_LOCKED)
 
 
 def used(connection: Connection) -> Usage:
     """What all instances of the site have."""
-    columns = tables.instances.c
-    query = sa.select(
-        sa.func.count(),
-        sa.func.coalesce(sa.func.sum(columns.memory_bytes), 0),
-        sa.func.coalesce(sa.func.sum(columns.cpus), 0),
-        sa.func.coalesce(sa.func.sum(columns.disk_bytes), 0),
-    ).where(columns.state.not_in(_TAKES_NOTHING))
-    return Usage(*(int(value) for value in connection.execute(query).one()))
+    return Usage(*(int(value) for value in connection.execute(_USED).one()))
 
 
 def state(connection: Connection) -> CloudletState:

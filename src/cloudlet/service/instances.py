@@ -235,7 +235,7 @@ class Instances:
         if overlay:
             if overlay.state is not FileState.ACTIVE and not overlay.url:
                 raise ConflictError(f"overlay {overlay.id} is {overlay.state}", hint="upload its bytes first")
-            root = self._root(overlay)
+            root = self._site.overlays.root(overlay)
         elif url:
             root = self._site.overlays.peek(url)[0]
         else:
@@ -269,10 +269,6 @@ class Instances:
     def _overlay_of(self, app: App) -> Overlay:
         (component,) = app.descriptor["components"]
         return self._site.database.read(lambda connection: OVERLAYS.get(connection, component["overlay_id"]))
-
-    def _root(self, overlay: Overlay) -> Root:
-        order = self._site.overlays.order(overlay.id, Order(source=""))
-        return self._site.overlays.peek(order.source)[0]
 
     def _check_base(self, root: Root) -> None:
         try:

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from oslo_log import log
 
@@ -22,6 +23,18 @@ LOG = log.getLogger(__name__)
 _REMEMBERED = 10_000
 _BATCH = 1000
 _FAILED_SECONDS = 1.0
+_TOGETHER_SECONDS = 0.005
+"""What is written so shortly one after the other is read together."""
+_CALLED_AT_ONCE, _EACH_SECONDS = 16, 0.002
+"""Of those who wait for the same so many are called at once, the others one after the other."""
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    """Somebody who waits for an event."""
+
+    wanted: Callable[[Event], bool]
+    called: threading.Event = field(default_factory=threading.Event)
 
 
 class News:
@@ -39,11 +52,15 @@ class News:
         self._events: deque[Event] = deque(maxlen=_REMEMBERED)
         self._before = self._last
         """The number before the first event that is remembered."""
+        self._waiters: set[_Waiter] = set()
         self._operations: dict[str, tuple[int, int]] = {}
         """Who waits for an operation, and how often it has changed meanwhile."""
         self._written = threading.Event()
+        self._caught_up = threading.Condition()
+        self._heard = self._read_to = 0
+        """How often this process has written, and how much of that was read."""
         self._closed = False
-        database.when_committed(self._written.set)
+        database.when_committed(self._hear)
         self._thread = threading.Thread(target=self._run, name="news", daemon=True)
         self._thread.start()
 
@@ -65,21 +82,29 @@ class News:
         Waits for one, at most ``timeout`` seconds. None where memory does not reach so far: read the journal.
         """
         deadline = time.monotonic() + timeout
-        with self._changed:
+        waiter = _Waiter(wanted)
+        self._catch_up()
+        try:
             while True:
-                if after < self._before:
-                    return None
-                found = []
-                for event in self._newer(after):
-                    if wanted(event):
-                        found.append(event)
-                        if len(found) == limit:
-                            return found, event.number
-                after = max(after, self._last)
-                left = deadline - time.monotonic()
-                if found or left <= 0 or self._closed:
-                    return found, after
-                self._changed.wait(left)
+                with self._changed:
+                    if after < self._before:
+                        return None
+                    found = []
+                    for event in self._newer(after):
+                        if wanted(event):
+                            found.append(event)
+                            if len(found) == limit:
+                                return found, event.number
+                    after = max(after, self._last)
+                    left = deadline - time.monotonic()
+                    if found or left <= 0 or self._closed:
+                        return found, after
+                    waiter.called.clear()
+                    self._waiters.add(waiter)
+                waiter.called.wait(left)
+        finally:
+            with self._changed:
+                self._waiters.discard(waiter)
 
     def operation_changed(self, operation_id: str) -> None:
         """Wake those who wait for an operation."""
@@ -121,6 +146,8 @@ class News:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            for waiter in self._waiters:
+                waiter.called.set()
         self._written.set()
         self._thread.join()
 
@@ -131,12 +158,29 @@ class News:
         first = max(0, len(self._events) - (self._last - after))
         return [self._events[at] for at in range(first, len(self._events)) if self._events[at].number > after]
 
+    def _hear(self) -> None:
+        """Somebody of this process has written."""
+        self._heard += 1
+        if not self._written.is_set():
+            self._written.set()
+
+    def _catch_up(self) -> None:
+        """Wait a moment until all is read that was written before: who has written wants to see that."""
+        heard = self._heard
+        with self._caught_up:
+            self._caught_up.wait_for(lambda: self._read_to >= heard or self._closed, _FAILED_SECONDS)
+
     def _run(self) -> None:
         while not self._closed:
-            self._written.wait(self._others_seconds)
+            if self._written.wait(self._others_seconds) and not self._closed:
+                time.sleep(_TOGETHER_SECONDS)
             self._written.clear()
+            heard = self._heard
             try:
                 self._read()
+                with self._caught_up:
+                    self._read_to = heard
+                    self._caught_up.notify_all()
             except Exception:
                 LOG.exception("events could not be read")
                 time.sleep(_FAILED_SECONDS)
@@ -150,4 +194,9 @@ class News:
                         self._before = self._events[0].number
                     self._events.append(event)
                 self._last = new[-1].number
-                self._changed.notify_all()
+                called = [waiter for waiter in self._waiters if any(map(waiter.wanted, new))]
+            # Not all at once: each of them answers somebody, and others want to be served meanwhile.
+            for number, waiter in enumerate(called):
+                if number >= _CALLED_AT_ONCE:
+                    time.sleep(_EACH_SECONDS)
+                waiter.called.set()

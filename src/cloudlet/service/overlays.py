@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 _PIECE = 256 << 10
 _LARGEST = 1 << 40
+_REMEMBERED_ROOTS = 64
 _PEEK_SECONDS = 5.0
 """Longest wait for the head of an overlay elsewhere: its caller waits too."""
 _UNKNOWN = 64 << 20
@@ -67,6 +68,8 @@ class Overlays:
     def __init__(self, site: ServedSite) -> None:
         self._site = site
         self._uploads = Uploads(self._staged, site.alone)
+        self._roots: dict[tuple[str | None, int], Root] = {}
+        """Roots that were verified, by the digest of their bytes and the keys that were trusted then."""
 
     def create(self, overlay: Overlay, remember: Remember = forget) -> Overlay:
         """Write the record of an overlay whose bytes are to be uploaded, or fetched when they are needed.
@@ -227,6 +230,22 @@ class Overlays:
                 return reader.root, reader.identity
         except FailedError as error:
             raise UnreachableError(error.message, hint=error.hint) from error
+
+    def root(self, overlay: Overlay) -> Root:
+        """The root of an overlay of the site, verified.
+
+        :raises ConflictError: its bytes are neither here nor elsewhere.
+        """
+        known = (overlay.digest, self._site.machine.keys.stamp())
+        if overlay.digest and self._site.blobs.path(overlay.digest):
+            if found := self._roots.get(known):
+                return found
+            if len(self._roots) >= _REMEMBERED_ROOTS:
+                self._roots.clear()
+        root = self.peek(self.order(overlay.id, Order(source="")).source)[0]
+        if overlay.digest:
+            self._roots[known] = root
+        return root
 
     def _become(self, overlay_id: str, state: FileState, **changes: Any) -> Overlay:
         return self._site.database.write(

@@ -55,7 +55,7 @@ class Webhooks:
 
     def begin(self) -> None:
         self._any = bool(self._site.database.read(WEBHOOKS.count))
-        self._site.database.when_committed(self._poked.set)
+        self._site.database.when_committed(self._hear)
         self._thread.start()
 
     def close(self) -> None:
@@ -65,9 +65,15 @@ class Webhooks:
             self._thread.join()
 
     def look(self) -> None:
-        """Another process of the site may have made a webhook, or written an event."""
-        self._any = True
-        self._poked.set()
+        """Another process of the site may have made a webhook, or written an event for one."""
+        self._any = bool(self._site.database.read(WEBHOOKS.count))
+        if self._any:
+            self._poked.set()
+
+    def _hear(self) -> None:
+        """Somebody has written."""
+        if self._any:
+            self._poked.set()
 
     def create(self, webhook: Webhook, remember: Remember = forget) -> Webhook:
         """Have events pushed from now on.
@@ -81,8 +87,10 @@ class Webhooks:
             remember(connection, webhook.id)
             return webhook
 
+        made = self._site.database.write(insert)
         self._any = True
-        return self._site.database.write(insert)
+        self._poked.set()
+        return made
 
     def delete(self, webhook: Webhook) -> None:
         """Push nothing more to it."""

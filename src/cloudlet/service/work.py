@@ -119,8 +119,10 @@ class Work:
         """Have all operations done that nobody has ended and nobody works on; they."""
         # In this order: what is added in between is posted by who adds it.
         known = self._queue.known()
-        left = self._site.database.read(lambda connection: OPERATIONS.list(connection, state=_OPEN))
-        lost = [operation for operation in left if operation.id not in known]
+        ids = self._site.database.read(lambda connection: OPERATIONS.ids(connection, state=_OPEN))
+        if not (missing := ids - known):
+            return []
+        lost = self._site.database.read(lambda connection: OPERATIONS.list(connection, id=missing))
         for operation in lost:
             self.submit(operation)
         return lost

@@ -256,6 +256,8 @@ class BaseStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._known: dict[Path, tuple[tuple[int, int], Base]] = {}
+        """What was read before, with what tells whether it is still the same file."""
 
     def all(self) -> list[Base]:
         """All bases, the one that was taken in last at the end."""
@@ -403,12 +405,16 @@ class BaseStore:
     def _read(self, path: Path) -> Base | None:
         try:
             with (path / _DOCUMENT).open(encoding="utf-8") as file:
+                status = os.fstat(file.fileno())
+                which = status.st_ino, status.st_mtime_ns
+                if (known := self._known.get(path)) and known[0] == which:
+                    return known[1]
                 document = json.load(file)
-                adopted = os.fstat(file.fileno()).st_mtime_ns
             created = canonical.time(document["created"], "created")
-            return Base(
-                path, str(document["name"]), created, adopted, Description.from_json(document["description"])
-            )
+            description = Description.from_json(document["description"])
+            base = Base(path, str(document["name"]), created, status.st_mtime_ns, description)
+            self._known[path] = which, base
+            return base
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError, RecursionError, OverflowError, IntegrityError) as error:

@@ -30,6 +30,15 @@ from cloudlet.store.rows import new_id, now
 _CHUNK = 1 << 20
 _OWNER, _USE = "overlay:", "use:"
 
+# Written once: to write a query costs more than to answer it.
+_KEY: sa.BindParameter[str] = sa.bindparam("key")
+_REFERENCES = tables.blob_references
+_TOUCHED = sa.update(tables.blobs).where(tables.blobs.c.digest == _KEY).values(used_at=sa.bindparam("moment"))
+_HELD = sa.select(_REFERENCES.c.holder).where(
+    _REFERENCES.c.digest == _KEY, _REFERENCES.c.holder == sa.bindparam("who")
+)
+_HOLD = sa.insert(_REFERENCES)
+
 Progress = Callable[[int, int], None]
 
 
@@ -73,17 +82,11 @@ class BlobStore:
 
         :raises NotFoundError: it is not here.
         """
-        done = connection.execute(
-            sa.update(tables.blobs).where(tables.blobs.c.digest == digest).values(used_at=now())
-        )
+        done = connection.execute(_TOUCHED, {"key": digest, "moment": now()})
         if not done.rowcount:
             raise NotFoundError(f"blob {digest[:16]} is not here")
-        references = tables.blob_references
-        there = sa.select(references.c.holder).where(
-            references.c.digest == digest, references.c.holder == holder
-        )
-        if connection.execute(there).first() is None:
-            connection.execute(sa.insert(references).values(digest=digest, holder=holder))
+        if connection.execute(_HELD, {"key": digest, "who": holder}).first() is None:
+            connection.execute(_HOLD, {"digest": digest, "holder": holder})
 
     @contextmanager
     def in_use(self, digest: str) -> Iterator[Path]:

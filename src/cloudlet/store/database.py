@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +51,8 @@ class Database:
             retry_on_deadlock=True, retry_on_disconnect=True, jitter=True,
             exception_checker=lambda error: isinstance(error, db.DBError) and "locked" in str(error),
         )  # fmt: skip
+        # SQLite has one writer at a time, and lets the others sleep and try again; a lock wakes them in time.
+        self._turn: AbstractContextManager[Any] = threading.RLock() if self.sqlite else nullcontext()
         self._committed: list[Callable[[], None]] = []
         self._bound = threading.local()
 
@@ -122,7 +124,7 @@ class Database:
 
     def _run(self, work: Callable[[Connection], T], *, write: bool) -> T:
         def once() -> T:
-            with self.engine.connect() as connection:
+            with self._turn if write else nullcontext(), self.engine.connect() as connection:
                 options = connection.execution_options(writes=write)
                 with options.begin():
                     return work(options)

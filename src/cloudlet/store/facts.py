@@ -8,12 +8,12 @@ from sqlalchemy.engine import Connection
 from cloudlet.store import tables
 
 _FACTS = tables.facts
+_ONE = sa.select(_FACTS.c.value).where(_FACTS.c.name == sa.bindparam("key"))
 
 
 def read(connection: Connection, name: str) -> str | None:
     """A fact; None if nobody has stated it."""
-    query = sa.select(_FACTS.c.value).where(_FACTS.c.name == name)
-    return connection.execute(query).scalar_one_or_none()
+    return connection.execute(_ONE, {"key": name}).scalar_one_or_none()
 
 
 def write(connection: Connection, name: str, value: str | None) -> None:

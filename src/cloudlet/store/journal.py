@@ -35,24 +35,19 @@ class Event:
     detail: Mapping[str, Any]
 
 
+# Written once: to write a query costs more than to answer it.
+_INSERT = sa.insert(tables.events)
+_MINE = tables.counters.c.name == _COUNTER
+_COUNT = sa.update(tables.counters).where(_MINE).values(value=tables.counters.c.value + 1)
+_COUNTED = sa.select(tables.counters.c.value).where(_MINE)
 _COLUMNS = [tables.events.c[entry.name] for entry in fields(Event)]
 
 
 def emit(connection: Connection, noun: str, what: str, of: Owned, **detail: Any) -> int:
     """Write an event about a row; its number."""
     number = _next_number(connection)
-    connection.execute(
-        sa.insert(tables.events).values(
-            number=number,
-            time=now(),
-            kind=f"{noun}.{what}",
-            project_id=of.project_id,
-            user_id=of.user_id,
-            noun=noun,
-            resource_id=of.id,
-            detail=detail,
-        )
-    )
+    event = Event(number, now(), f"{noun}.{what}", of.project_id, of.user_id, noun, of.id, detail)
+    connection.execute(_INSERT, {column.name: getattr(event, column.name) for column in _COLUMNS})
     return number
 
 
@@ -82,8 +77,7 @@ def read(
 
 def last_number(connection: Connection) -> int:
     """The number of the last event; 0 if there was none."""
-    query = sa.select(tables.counters.c.value).where(tables.counters.c.name == _COUNTER)
-    return int(connection.execute(query).scalar_one_or_none() or 0)
+    return int(connection.execute(_COUNTED).scalar_one_or_none() or 0)
 
 
 def forget(connection: Connection, before: datetime) -> int:
@@ -92,7 +86,5 @@ def forget(connection: Connection, before: datetime) -> int:
 
 
 def _next_number(connection: Connection) -> int:
-    counter = tables.counters
-    mine = counter.c.name == _COUNTER
-    connection.execute(sa.update(counter).where(mine).values(value=counter.c.value + 1))
-    return int(connection.execute(sa.select(counter.c.value).where(mine)).scalar_one())
+    connection.execute(_COUNT)
+    return int(connection.execute(_COUNTED).scalar_one())

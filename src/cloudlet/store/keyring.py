@@ -143,6 +143,13 @@ class KeyRing:
             hint="cloudlet key trust NAME FILE, if you know whose it is",
         )
 
+    def stamp(self) -> int:
+        """A number that is another one when the trusted keys have changed."""
+        try:
+            return self._trusted.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
     def _load_private(self, name: str) -> Ed25519PrivateKey:
         path = self._signing / f"{name}.pem"
         try:

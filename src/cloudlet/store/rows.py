@@ -218,13 +218,14 @@ class Rows(Generic[R]):
         # Written once: to write a query costs more than to answer it.
         self._one = sa.select(*self._columns).where(table.c.id == sa.bindparam("key"))
         self._locked = self._one.with_for_update()
+        self._insert = sa.insert(table)
         hints = {entry.name: entry.default for entry in fields(kind)}  # type: ignore[arg-type]
         self._states = {name: type(default) for name, default in hints.items() if isinstance(default, Enum)}
 
     def insert(self, connection: Connection, record: R) -> R:
         """Add a record."""
         values = {column.name: getattr(record, column.name) for column in self._columns}
-        connection.execute(sa.insert(self.table).values(values))
+        connection.execute(self._insert, values)
         return record
 
     def get(self, connection: Connection, key: str, *, lock: bool = False) -> R:
@@ -292,6 +293,11 @@ class Rows(Generic[R]):
             query = query.where(sa.or_(after, sa.and_(key == place[0], beside)))
         order = (key.desc(), identity.desc()) if descending else (key, identity)
         return [self._record(row) for row in connection.execute(query.order_by(*order).limit(limit))]
+
+    def ids(self, connection: Connection, **equal: Any) -> set[str]:
+        """The ids of the records that have these values."""
+        query = sa.select(self.table.c.id).where(*self._equal(equal))
+        return set(connection.execute(query).scalars())
 
     def count(self, connection: Connection, **equal: Any) -> int:
         """How many records have these values."""

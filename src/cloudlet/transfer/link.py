@@ -103,5 +103,7 @@ class Patience:
         if self._link.closed.wait(min(self._pause, left)):
             raise FailedError(f"{url} was closed while it was read", hint="try again")
         if not left:
-            raise FailedError(f"{url} does not come: {cause}", hint=hint) from problem
+            # Without the number, which tells users nothing.
+            said = cause.strerror if isinstance(cause, OSError) and cause.strerror else cause
+            raise FailedError(f"{url} does not come: {said}", hint=hint) from problem
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)

@@ -18,7 +18,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import Any
 from urllib.parse import urlsplit
 
-from cloudlet.errors import UsageError
+from cloudlet.errors import ImpossibleError, UsageError
 
 _Address = IPv4Address | IPv6Address
 _Found = tuple[socket.AddressFamily, Any, _Address]
@@ -48,17 +48,17 @@ class Networks:
         """That a URL leads where it may; one whose name is unknown at the moment leads nowhere.
 
         :param what: what the user calls it, such as ``webhook.url``.
-        :raises UsageError: it does not, or it is not a URL.
+        :raises ImpossibleError: it does not, or it is not a URL.
         """
         try:
             parts = urlsplit(url)
             host, port = parts.hostname or "", parts.port or 0
         except ValueError as error:
-            raise UsageError(f"{what}: {error}", hint="write http://HOST/PATH") from error
+            raise ImpossibleError(f"{what}: {error}", hint="write http://HOST/PATH") from error
         try:
             self._addresses(host, port)
-        except UsageError as error:
-            raise UsageError(f"{what}: {error.message}", hint=error.hint) from error
+        except ImpossibleError as error:
+            raise ImpossibleError(f"{what}: {error.message}", hint=error.hint) from error
         except (OSError, UnicodeError):
             return
 
@@ -66,7 +66,7 @@ class Networks:
         """A connection to one of a host's addresses that may be reached.
 
         :param timeout: seconds for all of it, and then for what is read and written.
-        :raises UsageError: none may be.
+        :raises ImpossibleError: none may be.
         :raises OSError: none answers.
         """
         if self._everywhere:
@@ -107,7 +107,7 @@ class Networks:
             return allowed
         if not found:
             raise OSError(f"{host} has no address")
-        raise UsageError(
+        raise ImpossibleError(
             f"{host} leads to {found[0][2]}, which is not a public address",
             hint="the site's operator can allow its network",
         )

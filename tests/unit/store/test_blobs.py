@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -87,11 +89,29 @@ def test_what_is_wrong_is_found(blobs: BlobStore) -> None:
     assert blobs.path(good)
 
 
-def test_users_of_a_process_that_died_are_forgotten(blobs: BlobStore) -> None:
+DIES = """
+import os, sys
+from pathlib import Path
+from cloudlet.store.blobs import BlobStore
+from cloudlet.store.database import Database
+url, folder, digest = sys.argv[1:]
+use = BlobStore(Database(url), Path(folder), 1000).in_use(digest)
+use.__enter__()
+os._exit(0)
+"""
+
+
+def test_users_of_a_process_that_died_are_forgotten(blobs: BlobStore, database: Database) -> None:
     digest = take(blobs, b"content")
-    use = blobs.in_use(digest)
-    use.__enter__()
-    blobs.reap()
+    command = [sys.executable, "-W", "ignore", "-c", DIES, database.url, str(blobs.folder), digest]
+    subprocess.run(command, check=True)
+    blobs.limit = 0
+    assert blobs.make_room() == [], "it may live"
+    with blobs.in_use(digest):
+        blobs.reap()
+        assert blobs.make_room() == [], "we do"
+    blobs.limit = 1000
+    take(blobs, b"content")
     blobs.limit = 0
     assert blobs.make_room() == [digest]
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cloudlet.api import listing
-from cloudlet.api.faults import ImpossibleError
 from cloudlet.api.handlers.operations import accepted
 from cloudlet.api.operation import Answer, Call, Stream, Upload
 from cloudlet.api.ranges import ranged
 from cloudlet.api.schemas.bases import BaseBody, BaseCreateBody, BasesBody, BasesQuery, BaseView
+from cloudlet.errors import ImpossibleError
 from cloudlet.store.rows import BASES, OPERATIONS, Base
 
 

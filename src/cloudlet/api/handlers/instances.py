@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from cloudlet.api import listing
-from cloudlet.api.faults import ImpossibleError
 from cloudlet.api.handlers.operations import accepted
 from cloudlet.api.operation import Answer, Call, Text
 from cloudlet.api.schemas.instances import (
@@ -16,7 +15,7 @@ from cloudlet.api.schemas.instances import (
     InstanceView,
     SaveBody,
 )
-from cloudlet.errors import RefusedError
+from cloudlet.errors import ImpossibleError, RefusedError
 from cloudlet.model import PublishedPort
 from cloudlet.service.instances import Asked
 from cloudlet.store.rows import APPS, INSTANCES, OPERATIONS, OVERLAYS, Instance, Operation, Overlay

@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from cloudlet.api.schemas.common import Identifier, Incoming, Link, ListQuery, Moment, Name, Seconds, View
-from cloudlet.errors import UsageError
-from cloudlet.model import Readiness, ReadinessKind
+from cloudlet.api.schemas.common import (
+    GuestPortNumber,
+    Identifier,
+    Incoming,
+    Link,
+    ListQuery,
+    Moment,
+    Name,
+    Seconds,
+    View,
+)
 from cloudlet.store.rows import App
+
+_PORT = r"([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 
 
 class ComponentPort(Incoming):
     """A port of a component's guest that users reach."""
 
-    port: int = Field(ge=1, le=65535)
+    port: GuestPortNumber
     name: str = Field("", max_length=128)
     access: Literal["open"] = Field("open", description="who may connect: everybody who reaches the site")
 
@@ -32,18 +42,9 @@ class Component(Incoming):
     readiness: str | None = Field(
         None,
         max_length=1024,
+        pattern=rf"^(agent|tcp:{_PORT}|http:{_PORT}(/[!-~]*)?)$",
         description="when the app answers, if not when its overlay says: agent, tcp:PORT or http:PORT/PATH",
     )
-
-    @field_validator("readiness")
-    @classmethod
-    def _understood(cls, rule: str | None) -> str | None:
-        try:
-            if rule is not None and Readiness.parse(rule).kind is ReadinessKind.SERIAL:
-                raise UsageError("an app that is resumed says nothing more on its console")
-        except UsageError as error:
-            raise ValueError(str(error)) from error
-        return rule
 
 
 class Intent(Incoming):

@@ -46,7 +46,7 @@ Metadata = Annotated[
     ],
     Field(max_length=64),
 ]
-Url = Annotated[str, StringConstraints(max_length=4096, pattern=r"^https?://[^\s\x00-\x1f]+$")]
+Url = Annotated[str, StringConstraints(max_length=4096, pattern=r"^https?://[!-~]+$")]
 
 
 class Incoming(BaseModel):

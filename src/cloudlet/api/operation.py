@@ -43,25 +43,51 @@ class Upload(Protocol):
 
 
 class Desk:
-    """So many requests are worked on at a time; who only waits or transfers steps aside."""
+    """So many requests are worked on at a time; who only waits or transfers steps aside.
+
+    Many may step aside, and want to come back at the same moment. They never have more than a part of the
+    places, so that who comes anew does not notice.
+    """
 
     def __init__(self, threads: int) -> None:
-        self._free = threading.BoundedSemaphore(threads)
+        lock = threading.Lock()
+        self._anew, self._back = threading.Condition(lock), threading.Condition(lock)
+        self._free = threads
+        self._free_for_those_back = max(1, threads // 4)
+        self._here = threading.local()
+        """Whether the request of this thread was aside, and is back."""
 
     @contextmanager
     def work(self) -> Iterator[None]:
         """Be worked on: wait for a place, and have it."""
-        with self._free:
+        with self._anew:
+            self._anew.wait_for(lambda: self._free)
+            self._free -= 1
+        self._here.back = False
+        try:
             yield
+        finally:
+            self._leave()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Within :meth:`work`: give the place to others for a while."""
-        self._free.release()
+        self._leave()
         try:
             yield
         finally:
-            self._free.acquire()
+            with self._back:
+                self._back.wait_for(lambda: self._free and self._free_for_those_back)
+                self._free -= 1
+                self._free_for_those_back -= 1
+            self._here.back = True
+
+    def _leave(self) -> None:
+        with self._anew:
+            self._free += 1
+            self._free_for_those_back += self._here.back
+            self._anew.notify()
+            self._back.notify()
 
 
 class Slots:

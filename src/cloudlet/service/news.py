@@ -6,6 +6,7 @@ away for longer than memory reaches begins with the journal.
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections import deque
@@ -61,8 +62,13 @@ class News:
         """How often this process has written, and how much of that was read."""
         self._closed = False
         database.when_committed(self._hear)
-        self._thread = threading.Thread(target=self._run, name="news", daemon=True)
-        self._thread.start()
+        self._to_call: queue.SimpleQueue[list[_Waiter]] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=run, name=name, daemon=True)
+            for name, run in (("news", self._run), ("calls", self._call))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def last(self) -> int:
@@ -149,7 +155,9 @@ class News:
             for waiter in self._waiters:
                 waiter.called.set()
         self._written.set()
-        self._thread.join()
+        self._to_call.put([])
+        for thread in self._threads:
+            thread.join()
 
     def _newer(self, after: int) -> list[Event]:
         if not self._events or after >= self._last:
@@ -195,8 +203,14 @@ class News:
                     self._events.append(event)
                 self._last = new[-1].number
                 called = [waiter for waiter in self._waiters if any(map(waiter.wanted, new))]
-            # Not all at once: each of them answers somebody, and others want to be served meanwhile.
+                self._waiters.difference_update(called)
+            if called:
+                self._to_call.put(called)
+
+    def _call(self) -> None:
+        """Call those who waited, not all at once: each of them answers somebody, and others are served too."""
+        while called := self._to_call.get():
             for number, waiter in enumerate(called):
-                if number >= _CALLED_AT_ONCE:
+                if number >= _CALLED_AT_ONCE and not self._closed:
                     time.sleep(_EACH_SECONDS)
                 waiter.called.set()

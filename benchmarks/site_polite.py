@@ -27,6 +27,8 @@ _SECONDS = 30.0
 """Longest wait for one answer."""
 _MOST_AFTER = 15.0
 """Longest wait until all is as before."""
+STORM_SECONDS = 2.0
+"""So long after hostile clients came, those that came at once are here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,9 @@ def hostile(lab: Lab, results: Results) -> None:
                 ended = time.monotonic()
                 answers: dict[str, int] = json.loads(process.stdout.readline())
             results.add(f"hostile.{kind}.after_s", _back_after(polite, usual, ended))
+            later = [one for one in asked if one.due > began + STORM_SECONDS]
             results.add(f"hostile.{kind}.p99_ms", 1000 * p99(asked))
+            results.add(f"hostile.{kind}.later_p99_ms", 1000 * p99(later or asked))
             results.add(f"hostile.{kind}.median_ms", 1000 * percentile(asked, 50))
             results.add(f"hostile.{kind}.failed", sum(not one.well for one in asked))
             results.add(f"hostile.{kind}.server_cpu_share", share)

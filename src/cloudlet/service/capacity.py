@@ -21,6 +21,7 @@ from cloudlet.store.rows import SITE, CloudletState, FileState, InstanceState, O
 _LOCK, _STATE = "capacity", "state"
 SHUTDOWN = "shutdown"
 """The fact that the machine is about to be shut down."""
+_UP = CloudletState.UP
 _TAKES_NOTHING = (InstanceState.FAILED, InstanceState.SUSPENDED)
 
 # Written once: to write a query costs more than to answer it.
@@ -30,7 +31,7 @@ _HAS = tables.instances.c
 _USED = sa.select(
     sa.func.count(),
     *(sa.func.coalesce(sa.func.sum(what), 0) for what in (_HAS.memory_bytes, _HAS.cpus, _HAS.disk_bytes)),
-).where(_HAS.state.not_in(_TAKES_NOTHING))
+).where(*(_HAS.state != state for state in _TAKES_NOTHING))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,8 @@ def used(connection: Connection) -> Usage:
 
 def state(connection: Connection) -> CloudletState:
     """Whether the site admits new instances."""
-    return CloudletState.DRAINING if facts.read(connection, SHUTDOWN) else _wanted(connection)
+    known = facts.both(connection, SHUTDOWN, _STATE)
+    return CloudletState.DRAINING if SHUTDOWN in known else CloudletState(known.get(_STATE, _UP))
 
 
 def become(connection: Connection, wanted: CloudletState, by: Owned) -> None:
@@ -71,7 +73,7 @@ def become(connection: Connection, wanted: CloudletState, by: Owned) -> None:
 
 def _wanted(connection: Connection) -> CloudletState:
     """What its operator said last."""
-    return CloudletState(facts.read(connection, _STATE) or CloudletState.UP)
+    return CloudletState(facts.read(connection, _STATE) or _UP)
 
 
 def admit(connection: Connection, limits: Limits, wanted: Usage, *, even_draining: bool = False) -> None:

@@ -208,7 +208,7 @@ class News:
                 self._to_call.put(called)
 
     def _call(self) -> None:
-        """Call those who waited, not all at once: each of them answers somebody, and others are served too."""
+        """Call those who waited, not all at once: each of them answers somebody, and others want that too."""
         while called := self._to_call.get():
             for number, waiter in enumerate(called):
                 if number >= _CALLED_AT_ONCE and not self._closed:

@@ -41,6 +41,12 @@ _MINE = tables.counters.c.name == _COUNTER
 _COUNT = sa.update(tables.counters).where(_MINE).values(value=tables.counters.c.value + 1)
 _COUNTED = sa.select(tables.counters.c.value).where(_MINE)
 _COLUMNS = [tables.events.c[entry.name] for entry in fields(Event)]
+_AFTER = (
+    sa.select(*_COLUMNS)
+    .where(tables.events.c.number > sa.bindparam("after"))
+    .order_by(tables.events.c.number)
+    .limit(sa.bindparam("most"))
+)
 
 
 def emit(connection: Connection, noun: str, what: str, of: Owned, **detail: Any) -> int:
@@ -65,14 +71,14 @@ def read(
     :param kinds: only those whose kinds begin so.
     """
     columns = tables.events.c
-    query = sa.select(*_COLUMNS).where(columns.number > after)
+    query = _AFTER
     if project_id is not None:
         query = query.where(columns.project_id == project_id)
     if user_id is not None:
         query = query.where(columns.user_id == user_id)
     if kinds:
         query = query.where(sa.or_(*(columns.kind.startswith(kind, autoescape=True) for kind in kinds)))
-    return [Event(*row) for row in connection.execute(query.order_by(columns.number).limit(limit))]
+    return [Event(*row) for row in connection.execute(query, {"after": after, "most": limit})]
 
 
 def last_number(connection: Connection) -> int:

@@ -301,7 +301,8 @@ class Rows(Generic[R]):
 
     def count(self, connection: Connection, **equal: Any) -> int:
         """How many records have these values."""
-        return int(connection.execute(sa.select(sa.func.count()).where(*self._equal(equal))).scalar_one())
+        query = sa.select(sa.func.count()).select_from(self.table).where(*self._equal(equal))
+        return int(connection.execute(query).scalar_one())
 
     def _equal(self, values: Mapping[str, Any]) -> Sequence[sa.ColumnElement[bool]]:
         several = (list, tuple, set, frozenset)

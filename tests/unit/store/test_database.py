@@ -15,7 +15,7 @@ from cloudlet.errors import ConflictError, FailedError, NotFoundError, UsageErro
 from cloudlet.store import journal, retries, tables
 from cloudlet.store.database import VERSION_TABLE, Database, latest_version
 from cloudlet.store.retries import Retry
-from cloudlet.store.rows import APPS, INSTANCES, App, Instance, InstanceState, now
+from cloudlet.store.rows import APPS, INSTANCES, WEBHOOKS, App, Instance, InstanceState, now
 
 OWNER = {"project_id": "p", "user_id": "u"}
 
@@ -104,6 +104,10 @@ def test_the_first_write_is_bound_to_a_condition_and_no_other(database: Database
     with database.only_if(None):
         rename("five")
     assert database.read(lambda connection: INSTANCES.get(connection, row.id)).name == "five"
+
+
+def test_rows_are_counted(database: Database) -> None:
+    assert database.read(WEBHOOKS.count) == 0
 
 
 def test_pages_of_a_list_hold_every_row_once(database: Database) -> None:

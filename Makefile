@@ -33,11 +33,11 @@ lint:           ## style, types, layers
 	@$(bin)/mypy
 	@$(bin)/lint-imports
 
-bench:          ## measure every number that SPECIFICATION.md promises (40 minutes)
+bench:          ## measure every number that SPECIFICATION.md promises (50 minutes)
 	@tools/setup bench
 	@$(bin)/python -m benchmarks
 
-soak:           ## the faults of the tests in large numbers, with a printed seed (60 minutes)
+soak:           ## the faults of the tests in large numbers, with a printed seed (60 minutes a part)
 	@tools/setup test
 	@$(bin)/python -m tests.soak
 

@@ -5,14 +5,11 @@ The confinement needs root (a user per machine); without it these tests fail.
 
 from __future__ import annotations
 
-import array
-import fcntl
 import json
 import os
 import shutil
 import socket
 import stat
-import struct
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
@@ -26,6 +23,7 @@ from cloudlet.hypervisor.qemu import launch
 from cloudlet.hypervisor.qemu.instance import QemuInstance
 from cloudlet.model import PublishedPort
 from cloudlet.store.bases import Base
+from tests.addresses import host_addresses
 from tests.qemu import guest
 
 pytestmark = pytest.mark.qemu
@@ -363,15 +361,3 @@ def pid_of(instance: QemuInstance) -> int:
 def status_of(pid: int) -> dict[str, str]:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-
-
-def host_addresses() -> list[str]:
-    """This machine's IPv4 addresses besides the loopback's."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        for _, name in socket.if_nameindex():
-            request = array.array("B", struct.pack("40s", name.encode()))
-            with suppress(OSError):
-                fcntl.ioctl(control, 0x8915, request)  # SIOCGIFADDR
-                found.append(socket.inet_ntoa(request[20:24].tobytes()))
-    return [address for address in found if not address.startswith("127.")]

@@ -4,8 +4,6 @@ Root's rights or user namespaces are needed, and /dev/net/tun for the guest's st
 the tests fail and say so.
 """
 
-import array
-import fcntl
 import hashlib
 import os
 import random
@@ -34,6 +32,7 @@ from cloudlet.hypervisor.qemu.network import (
 )
 from cloudlet.hypervisor.records import start_time_of
 from cloudlet.model import Endpoint, PublishedPort
+from tests.addresses import host_addresses
 from tests.qemu import guest_frames
 from tests.qemu.guest_peer import DIGEST, ECHO, GATEWAY, ZEROS, GuestPeer, guest_peer
 
@@ -451,17 +450,3 @@ def processes_of(name: str) -> set[int]:
 
 def users_of(inside: str) -> set[int]:
     return pids_where(lambda entry: str((entry / "ns" / "net").readlink()) == inside)
-
-
-def host_addresses() -> list[str]:
-    """Return the IPv4 addresses of this machine besides the loopback's."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        for _, name in socket.if_nameindex():
-            request = array.array("B", struct.pack("40s", name.encode()))
-            try:
-                fcntl.ioctl(control, 0x8915, request)  # SIOCGIFADDR
-            except OSError:
-                continue
-            found.append(socket.inet_ntoa(request[20:24].tobytes()))
-    return [address for address in found if not address.startswith("127.")]

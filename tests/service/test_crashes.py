@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -101,3 +103,36 @@ def test_an_operation_that_is_cancelled_is_undone(running: Running, made: Made) 
             assert instance["state"] == "failed"
             assert instance["error"]["detail"].startswith("cancelled")
             assert instance["endpoints"] == []
+
+
+def test_a_copy_of_the_database_taken_amid_writing_recovers(
+    options: Options, made: Made, hashed: str, tmp_path: Path
+) -> None:
+    """As a backup of a running machine has it: the file and its WAL, of one moment."""
+    database = tmp_path / "state" / "site.sqlite"
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    with dying(tmp_path, made, hashed) as (process, call):
+        users = [
+            threading.Thread(target=play, args=(create, call.as_("root"), made, options)) for _ in range(4)
+        ]
+        for user in users:
+            user.start()
+        time.sleep(random.Random(SEED).uniform(0.5, 1.5))
+        process.send_signal(signal.SIGSTOP)
+        for file in database.parent.glob("site.sqlite*"):
+            if not file.name.endswith("-shm"):  # it is made anew
+                shutil.copy(file, copy)
+        assert (copy / "site.sqlite-wal").stat().st_size > 0, "nothing was being written"
+        process.kill()
+        process.send_signal(signal.SIGCONT)
+        for user in users:
+            user.join(60)
+    for file in database.parent.glob("site.sqlite*"):
+        file.unlink()
+    for file in copy.iterdir():
+        file.rename(database.parent / file.name)
+    with sqlite3.connect(database) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    connection.close()
+    check_after(options)

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from cloudlet.hypervisor.records import records
-from cloudlet.service.options import Options, read_options
+from cloudlet.service.options import Listening, Options, read_options
 from cloudlet.settings import Settings, read_files
+from tests.addresses import host_addresses
 from tests.cli.conftest import EARLY_RECIPE, Hello, publish
 from tests.conftest import KEPT
-from tests.service.conftest import Running, nothing_runs, serving
+from tests.service.conftest import Caller, Running, nothing_runs, serving
 from tests.service.test_everyday import count
 
 pytestmark = pytest.mark.qemu
@@ -112,3 +113,26 @@ def _asks(running: Running, command: str) -> str:
     assert instance.agent
     _, output = instance.agent.run(["/bin/sh", "-c", f"{command} 2>/dev/null"], timeout=30.0)
     return output.decode()
+
+
+def test_a_guest_gets_no_answer_from_the_site(options: Options, early: Hello) -> None:
+    """Where the API listens on all addresses, and everybody else is answered."""
+    with serving(replace(options, listening=Listening(host="0.0.0.0", port=0))) as running:
+        port = running.call.url.rpartition(":")[2]
+        call = Caller(f"http://127.0.0.1:{port}")
+        instance = call.start(call.publish(early.path, name="early"))
+        places = ["10.0.2.2", "10.0.2.3", "127.0.0.1", "169.254.169.254", *host_addresses()]
+        for place in host_addresses():
+            with urllib.request.urlopen(f"http://{place}:{port}/", timeout=10) as answer:
+                assert answer.status == 200
+        get = "printf 'GET / HTTP/1.0\\r\\n\\r\\n'"
+        asks = "".join(
+            f"{get} | nc -w 2 {place} {port} 2>/dev/null | grep -q versions && echo {place}\n"
+            for place in places
+        )
+        endpoint = instance["endpoints"][0]["url"]
+        script = f"nc -w 2 127.0.0.1 8080 < /dev/null && echo itself\n{asks}echo tried\n"
+        with urllib.request.urlopen(f"{endpoint}/cgi-bin/run", script.encode(), timeout=60) as said:
+            assert said.read().split() == [b"itself", b"tried"]
+        call.done(call.delete(f"/v1/instances/{instance['id']}"))
+    nothing_runs(options.machine)

@@ -13,9 +13,12 @@ from requests.auth import _basic_auth_str
 
 from cloudlet.service.options import Options
 from cloudlet.transfer.networks import Networks
-from tests.cli.damage import flipped
+from tests.cli.damage import KINDS, flipped, signer
 from tests.cli.web import serving as web_serving
 from tests.service.conftest import PASSWORD, Caller, Made, Running, nothing_runs, serving
+
+ONLY_SEEN_AT_THE_START = {"base missing, signed", "other memory, signed", "other devices, signed"}
+"""Well-made overlays, of another base or machine."""
 
 
 def queued(call: Caller, **more: object) -> str:
@@ -121,6 +124,28 @@ def test_an_overlay_that_nobody_trusted_signed(options: Options, made: Made, tmp
         answer = running.call("PUT", path, data=made.overlay.read_bytes())
         assert answer.status_code == 422
         assert answer.json()["errors"][0]["code"] == "cloudlet.overlay.signature"
+
+
+def test_every_kind_of_damage_and_forgery_is_refused(options: Options, made: Made) -> None:
+    """Bytes that are cut, reordered, forged, grow without end: nothing of them is kept, others are served."""
+    whole = made.overlay.read_bytes()
+    with serving(options) as running:
+        call = running.call.as_("mia")
+        for kind in KINDS:
+            path = queued(call)
+            refused = call("PUT", path, data=kind.make(whole, signer(options.machine)))
+            if kind.name in ONLY_SEEN_AT_THE_START:
+                assert refused.status_code == 200, kind.name
+                overlay_id = state(call, path)["id"]
+                refused = call("POST", "/v1/instances", {"instance": {"overlay_id": overlay_id}})
+                assert refused.status_code in (404, 422), (kind.name, refused.text)
+            elif kind.name == "empty":
+                assert refused.status_code == 400, refused.text
+            else:
+                assert refused.status_code == 422, (kind.name, refused.text)
+                assert state(call, path)["state"] == "rejected", kind.name
+        assert list(options.blobs_dir.glob("incoming/*")) == []
+        assert call.get("/v1/instances")["instances"] == []
 
 
 def test_several_uploads_at_once(call: Caller, made: Made) -> None:

@@ -22,7 +22,8 @@ def read(connection: Connection, name: str) -> str | None:
 
 def both(connection: Connection, one: str, other: str) -> dict[str, str]:
     """Those of two facts that somebody has stated, by name."""
-    return dict(connection.execute(_BOTH, {"one": one, "other": other}).tuples().all())
+    rows = connection.execute(_BOTH, {"one": one, "other": other})
+    return {row.name: row.value for row in rows}
 
 
 def write(connection: Connection, name: str, value: str | None) -> None:

@@ -18,6 +18,7 @@ from wsgiref.types import WSGIApplication
 
 from cloudlet.api.identity import read_users
 from cloudlet.api.service import build
+from cloudlet.cli import logs
 from cloudlet.cli.exclusive import only_server
 from cloudlet.errors import UsageError
 from cloudlet.service.options import read_options
@@ -29,7 +30,9 @@ _UNKNOWN = "127.0.0.1:0"
 
 
 def _open(process: ExitStack) -> WSGIApplication:
-    conf = read_files(os.environ.get("CLOUDLET_CONFIG_FILE"))
+    settings = os.environ.get("CLOUDLET_CONFIG_FILE")
+    logs.begin(settings)
+    conf = read_files(settings)
     options = read_options(conf, settings_of(conf), _UNKNOWN)
     if options.auth_strategy == "http_basic" and not read_users(options.users_file):
         raise UsageError(f"{options.users_file} names no user", hint="cloudlet-manage user create NAME")

@@ -200,7 +200,9 @@ def explored(soak: Soak) -> None:
             for persona in personas:
                 done = explore(folder, running.call.url, persona, "--max-examples", "20", *PHASES)
                 if done.returncode:
-                    yield f"{persona}: {done.stdout[-1500:]}"
+                    said = done.stdout
+                    found = max(said.find("= FAILURES"), said.find("= ERRORS"), 0)
+                    yield f"{persona}: {said[found : found + 3000]}"
 
     soak.row("all operations explored as a persona", "no 5xx, nothing undocumented", len(USERS) + 1, tries)
 

@@ -61,7 +61,7 @@ def _conduct(config_file: str | None, *, quiet: bool) -> None:
         raise UsageError(
             "no job board is configured", hint="set [work] job_board to redis://127.0.0.1:6379/0, or such"
         )
-    logs.begin(quiet=quiet)
+    logs.begin(config_file, quiet=quiet)
     ended = threading.Event()
     with only_server(options.machine.state_dir, shared=True):
         site = ServedSite.open(options, conducts=True)

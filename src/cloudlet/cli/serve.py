@@ -45,7 +45,7 @@ class Serve(CloudletCommand):
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         options = self._options(parsed_args.listen)
-        logs.begin(quiet=self.app.quiet)
+        logs.begin(self.app.options.config_file, quiet=self.app.quiet)
         with only_server(options.machine.state_dir, shared=bool(options.job_board)):
             if options.auth_strategy == "http_basic" and (first := identity.first_user(options.users_file)):
                 # On standard output, and nowhere else, not even in the log.

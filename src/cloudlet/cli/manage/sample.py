@@ -19,7 +19,7 @@ class Config(ManageCommand):
     """Print a cloudlet.conf with all options, their defaults and what they mean; each line is a comment."""
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
-        names = ["cloudlet", *([_WITH_KEYSTONE] if find_spec("keystonemiddleware") else [])]
+        names = ["cloudlet", "oslo.log", *([_WITH_KEYSTONE] if find_spec("keystonemiddleware") else [])]
         conf = cfg.ConfigOpts()
         generator.register_cli_opts(conf)
         conf([f"--namespace={name}" for name in names], default_config_files=[], default_config_dirs=[])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 from contextlib import ExitStack
 from wsgiref.types import WSGIApplication
 
@@ -25,6 +26,8 @@ from cloudlet.service.options import read_options
 from cloudlet.service.site import ServedSite
 from cloudlet.settings import read_files, settings_of
 
+_WAIT_SECONDS = 20.0
+"""A worker that is replaced may live on for a while; gunicorn takes who begins for dead after 30 seconds."""
 _UNKNOWN = "127.0.0.1:0"
 """Where the server listens is not known here, but it is no place that only the operator can reach."""
 
@@ -36,10 +39,18 @@ def _open(process: ExitStack) -> WSGIApplication:
     options = read_options(conf, settings_of(conf), _UNKNOWN)
     if options.auth_strategy == "http_basic" and not read_users(options.users_file):
         raise UsageError(f"{options.users_file} names no user", hint="cloudlet-manage user create NAME")
-    process.enter_context(only_server(options.machine.state_dir, shared=bool(options.job_board)))
+    folder, shared = options.machine.state_dir, bool(options.job_board)
+    process.enter_context(only_server(folder, shared=shared, wait=_WAIT_SECONDS))
     site = ServedSite.open(options)
     process.callback(site.close)
+    threading.Thread(target=_end_streams, args=(site,), name="end", daemon=True).start()
     return build(site)
+
+
+def _end_streams(site: ServedSite) -> None:
+    """At the end of the process, end what clients listen to: before it closes anything, it joins threads."""
+    threading.main_thread().join()
+    site.news.close()
 
 
 _process = ExitStack()

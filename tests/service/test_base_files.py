@@ -400,8 +400,8 @@ def test_what_cannot_be_fetched_is_rejected_and_leaves_nothing(
         ({"url": "http://x/y", "name": "a b"}, 400),
         ({"url": "http://x/y", "name": "deadbeefdeadbeef"}, 400),
         ({"name": "deadbeefdeadbeef"}, 400),
-        ({"url": "http://10.1.2.3/y"}, 400),  # of no network that is allowed
-        ({"url": "http://[/y"}, 400),
+        ({"url": "http://10.1.2.3/y"}, 422),  # of no network that is allowed
+        ({"url": "http://[/y"}, 422),
     ],
     ids=str,
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import requests
 
 from cloudlet.cli.manage import suspend
 from cloudlet.hypervisor.records import records
-from tests.service.conftest import DEADLINE, Made
+from tests.service.conftest import DEADLINE, Caller, Made
 from tests.service.served import served, settings_file
 
 
@@ -34,6 +36,11 @@ def test_suspended_before_and_resumed_after(tmp_path: Path, made: Made, hashed: 
         assert refused.status_code == 503, "what comes now would be lost"
     assert records(tmp_path / "state" / "instances") == []
     with served(settings) as server:
+        assert server.call.instance(active["id"])["state"] == "suspended", (
+            "only the service was started again"
+        )
+    another_boot(tmp_path / "state" / "site.sqlite")
+    with served(settings) as server:
         call = server.call
         call.wait_event("operation.succeeded", resumed(call, active["id"]))
         back = call.instance(active["id"])
@@ -46,11 +53,39 @@ def test_suspended_before_and_resumed_after(tmp_path: Path, made: Made, hashed: 
     assert manage(settings, "suspend").returncode == 0, "nothing runs"
 
 
-def resumed(call: object, instance_id: str) -> str:
+def another_boot(database: Path) -> None:
+    """As it is when the machine was started again."""
+    with sqlite3.connect(database) as connection:
+        done = connection.execute("UPDATE facts SET value = 'heard another' WHERE name = 'shutdown'")
+        assert done.rowcount == 1
+    connection.close()
+
+
+def test_it_is_taken_back(tmp_path: Path, made: Made, hashed: str) -> None:
+    settings = settings_file(tmp_path, made, hashed)
+    with served(settings) as server:
+        call = server.call
+        app = call.publish(made.overlay)
+        instance = call.start(app)
+        assert manage(settings, "suspend").returncode == 0
+        assert manage(settings, "suspend", "--off").returncode == 0
+        call.wait_event("operation.succeeded", resumed(call, instance["id"]))
+        assert call.instance(instance["id"])["state"] == "active"
+        another = call.start(app)
+        for one in (instance, another):
+            call.done(call.delete(f"/v1/instances/{one['id']}"))
+
+
+def resumed(call: Caller, instance_id: str) -> str:
     """The operation that resumes an instance."""
-    operations = call.get("/v1/operations?kind=instance.resume")["operations"]  # type: ignore[attr-defined]
-    (found,) = [one["id"] for one in operations if one["resources"]["instance"] == instance_id]
-    return str(found)
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        operations = call.get("/v1/operations?kind=instance.resume")["operations"]
+        found = [one["id"] for one in operations if one["resources"]["instance"] == instance_id]
+        if found:
+            return str(found[0])
+        assert time.monotonic() < deadline, "it is not resumed"
+        time.sleep(0.1)
 
 
 def test_killed_before_all_were_suspended(

@@ -6,11 +6,20 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from cloudlet.errors import ConflictError
 from cloudlet.hypervisor.records import records
 from cloudlet.service.options import Options
-from cloudlet.store.rows import INSTANCES, InstanceState
+from cloudlet.service.work import operation
+from cloudlet.store import tables
+from cloudlet.store.rows import INSTANCES, OVERLAYS, FileState, InstanceState
 from tests.service.conftest import Caller, Made, Running, end_all, nothing_runs, serving
 from tests.service.test_everyday import ask, count
 
@@ -141,3 +150,93 @@ def test_a_machine_that_ends_as_it_becomes_active_is_not_missed(running: Running
     running.site.database.write(lambda connection: INSTANCES.update(connection, instance["id"], state=active))
     running.site.keeping.look_again(instance["id"])
     assert call.instance(instance["id"])["state"] == "failed"
+
+
+def test_what_was_begun_before_is_done_before(running: Running, made: Made) -> None:
+    """As when a process was killed amid an operation, and the user has asked for the next one meanwhile."""
+    site, call = running.site, running.call
+    instance = call.start(call.publish(made.overlay))
+    row = site.database.read(lambda connection: INSTANCES.get(connection, instance["id"]))
+    lost = operation("instance.suspend", row, {"instance": row.id}, paused=False)
+    site.database.write(lambda connection: site.work.add(connection, lost))
+    saved = call.post(f"/v1/instances/{row.id}/overlay", {"overlay": {"name": "late"}})
+    ended = call.ended(saved["operation"])
+    assert (ended["state"], call.ended({"id": lost.id})["state"]) == ("failed", "succeeded")
+    assert call.instance(row.id)["state"] == "suspended"
+    call.done(call.post(f"/v1/instances/{row.id}/resume"))
+    assert call.instance(row.id)["state"] == "active"
+
+
+def test_an_operation_ends_though_its_overlay_was_deleted(running: Running, made: Made) -> None:
+    site, call = running.site, running.call
+    instance = call.start(call.publish(made.overlay))
+    with stopped(site.options.machine.keepers_dir / instance["id"]):
+        saved = call.post(f"/v1/instances/{instance['id']}/overlay", {"overlay": {"name": "gone"}})
+        overlay = saved["operation"]["resources"]["overlay"]
+        assert call("DELETE", f"/v1/overlays/{overlay}").status_code == 204
+    assert call.ended(saved["operation"])["state"] == "failed"
+    assert call.instance(instance["id"])["state"] == "active"
+
+
+@contextmanager
+def stopped(folder: Path) -> Iterator[None]:
+    """A keeper that stands still in the context."""
+    (pid,) = keepers_in(folder)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def keepers_in(folder: Path) -> list[int]:
+    """The process that holds the lock of a keeper's folder."""
+    inode = (folder / "lock").stat().st_ino
+    lines = Path("/proc/locks").read_text().splitlines()
+    return [int(line.split()[4]) for line in lines if line.split()[5].endswith(f":{inode}")]
+
+
+def test_a_renewed_lease_is_not_ended_by_what_was_read_before(running: Running, made: Made) -> None:
+    site, call = running.site, running.call
+    instance = call.start(call.publish(made.overlay), lease_seconds=1)
+    call.wait_event("instance.expired", instance["id"])
+    stale = site.database.read(lambda connection: INSTANCES.get(connection, instance["id"]))
+    call.patch(f"/v1/instances/{stale.id}", {"instance": {"lease_seconds": 600}})
+    with pytest.raises(ConflictError):
+        site.instances.delete(stale, only_if={"state": stale.state, "expires_at": stale.expires_at})
+    assert call.instance(stale.id)["state"] == "active"
+
+
+def test_a_killed_keeper_is_followed_by_another_where_the_app_wants_it(running: Running, made: Made) -> None:
+    site, call = running.site, running.call
+    app = call.publish(made.overlay)
+    call.patch(f"/v1/apps/{app['id']}", {"app": {"restart": True}})
+    instance = call.start(app)
+    for pid in keepers_in(site.options.machine.keepers_dir / instance["id"]):
+        os.kill(pid, signal.SIGKILL)
+    call.wait_event("instance.ended", instance["id"])
+    deadline = time.monotonic() + 30
+    while call.instance(instance["id"])["state"] != "active":
+        assert time.monotonic() < deadline, call.instance(instance["id"])
+        time.sleep(0.1)
+
+
+def test_bytes_that_had_their_name_and_no_row_get_one(running: Running, made: Made) -> None:
+    """As a crash between the two leaves them."""
+    site, call = running.site, running.call
+    app = call.publish(made.overlay)
+    overlay_id = app["components"][0]["overlay_id"]
+    overlay = site.database.read(lambda connection: OVERLAYS.get(connection, overlay_id))
+    assert overlay.digest
+
+    def crash(connection: Connection) -> None:
+        connection.execute(sa.delete(tables.blob_references))
+        connection.execute(sa.delete(tables.blobs))
+        OVERLAYS.update(connection, overlay_id, state=FileState.VERIFYING)
+
+    site.database.write(crash)
+    site.blobs.reap()
+    site.overlays.finish(overlay_id, site.blobs.staging("not-here"))
+    assert site.blobs.holders(overlay.digest) == [f"overlay:{overlay_id}"]
+    assert site.blobs.reap() == []
+    assert call("GET", f"/v1/overlays/{overlay_id}/file").status_code == 200

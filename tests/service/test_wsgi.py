@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,9 @@ BIN = Path(sys.executable).parent
 APPLICATION = "cloudlet.wsgi:application"
 
 
-def gunicorn(port: int) -> list[str]:
+def gunicorn(port: int, workers: int = 2) -> list[str]:
     return [
-        str(BIN / "gunicorn"), "--workers", "2", "--threads", "16", "--worker-class", "gthread",
+        str(BIN / "gunicorn"), "--workers", str(workers), "--threads", "16", "--worker-class", "gthread",
         "--graceful-timeout", "2", "--bind", f"127.0.0.1:{port}", APPLICATION,
     ]  # fmt: skip
 
@@ -129,3 +130,22 @@ def test_a_second_process_needs_a_job_board(tmp_path: Path, made: Made, hashed: 
     with running(gunicorn(free_port()), settings, log) as process:
         assert process.wait(DEADLINE) != 0
     assert "is served already" in log.read_text()
+
+
+def test_one_worker_is_replaced_without_a_job_board(tmp_path: Path, made: Made, hashed: str) -> None:
+    settings = settings_file(tmp_path, made, hashed)
+    port, log = free_port(), tmp_path / "server.log"
+    command = [*gunicorn(port, workers=1)[:-1], "--graceful-timeout", "8", APPLICATION]
+    with running(command, settings, log) as process:
+        call = answering(port, process, log)
+        # It keeps the worker that is replaced, for as long as may be.
+        stream = requests.get(
+            f"{call.url}/v1/events?after=0", headers={"Accept": "text/event-stream"},
+            auth=("root", PASSWORD), stream=True, timeout=DEADLINE,
+        )  # fmt: skip
+        process.send_signal(signal.SIGHUP)
+        with suppress(requests.RequestException):
+            for _ in stream.iter_lines():
+                pass
+        assert answering(port, process, log).get("/v1/instances")["instances"] == []
+    assert "is served already" not in log.read_text()

@@ -8,16 +8,20 @@ accepts waits for nobody: TLS begins in the thread that a client's first byte co
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import queue
 import socket
 import ssl
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from wsgiref.types import WSGIApplication
 
+from cheroot.connections import ConnectionManager
 from cheroot.errors import FatalSSLAlert
 from cheroot.makefile import StreamReader, StreamWriter
 from cheroot.server import HTTPConnection, HTTPRequest
@@ -41,6 +45,11 @@ _CALM_SECONDS = 10.0
 """So long after the last thread that was missing, those too many begin to go."""
 _SPARE = 256
 """Threads for clients that are slow."""
+_NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+_PAUSE_SECONDS = 0.1
+"""So long nobody is accepted after there was no room for one."""
+_TOLD_SECONDS = 60.0
+"""Between two words about that."""
 _NOT_TLS = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n"
     b"Content-Length: 34\r\n\r\nthis port speaks TLS: use https://\n"
@@ -133,6 +142,26 @@ class _Encrypted(Adapter):
         return (StreamReader if "r" in mode else StreamWriter)(sock, mode, bufsize)
 
 
+class _Connections(ConnectionManager):
+    """Those that are open. While there is no room for another they are served, and expire, as always."""
+
+    _told = float("-inf")
+
+    def _from_server_socket(self, server_socket: socket.socket) -> HTTPConnection | None:
+        accepting: Any = super()  # cheroot tells nobody of this
+        try:
+            accepted: HTTPConnection | None = accepting._from_server_socket(server_socket)
+            return accepted
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            if time.monotonic() - self._told > _TOLD_SECONDS:
+                self._told = time.monotonic()
+                LOG.error("nobody can connect until others have gone: %s", error)
+            time.sleep(_PAUSE_SECONDS)
+            return None
+
+
 class Server(CherootServer):
     """A server of an application; :meth:`serve` returns when :meth:`stop` was called."""
 
@@ -148,7 +177,7 @@ class Server(CherootServer):
         self.software = "cloudlet"
         self.max_request_header_size = _HEADER_BYTES
         most = options.threads + options.waiters + options.transfers + _SPARE
-        self.requests = _Threads(self, min=options.threads, max=most)
+        self.requests = _Threads(self, options.threads, most)
         self.keep_alive_conn_limit = most
         if options.tls:
             self.ssl_adapter = _Encrypted(context_of(*options.tls))
@@ -176,10 +205,15 @@ class Server(CherootServer):
         if options.tls and self.ssl_adapter:
             self.ssl_adapter.context = context_of(*options.tls)
 
+    def prepare(self) -> None:
+        super().prepare()
+        self._connections.close()  # type: ignore[has-type]  # there are none yet
+        self._connections = _Connections(self)
+
     def process_conn(self, conn: HTTPConnection) -> None:
         """Have a thread answer a connection; a new one when its first byte is there."""
         if conn.last_used is None:
-            self._connections.put(conn)  # type: ignore[attr-defined]
+            self._connections.put(conn)
         else:
             super().process_conn(conn)
 
@@ -205,25 +239,45 @@ class Server(CherootServer):
             Path(self.bind_addr).unlink(missing_ok=True)
 
 
+class _Queue(queue.Queue[Any]):
+    """Whoever takes a connection is not idle from the same moment on."""
+
+    def _get(self) -> Any:
+        taken = super()._get()
+        if isinstance(taken, HTTPConnection):
+            threading.current_thread().conn = taken  # type: ignore[attr-defined]
+        return taken
+
+
 class _Threads(ThreadPool):
     """Threads that become more while clients keep them from other clients."""
 
     _grown = 0.0
+
+    def __init__(self, server: CherootServer, least: int, most: int) -> None:
+        super().__init__(server, min=least, max=most)
+        self._queue = _Queue()
+        self.get = self._queue.get
+        self._putting = threading.Lock()
 
     def grow(self, amount: int) -> None:
         """Begin more threads. The pool's own way waits for each, for ever for one that was told to end."""
         pool: Any = self  # cheroot tells nobody of these
         pool._clear_dead_threads()
         room = self.max - len(pool._threads)
-        pool._threads += [pool._spawn_worker() for _ in range(min(amount, room))]
+        for _ in range(min(amount, room)):
+            pool._threads.append(pool._spawn_worker())
 
     def put(self, connection: Any) -> None:
-        if self.idle <= self.qsize:
-            self._grown = time.monotonic()
-            self.grow(1)
-        elif self.idle > self.min and time.monotonic() - self._grown > _CALM_SECONDS:
-            self.shrink(self.idle // 2)
-        super().put(connection)
+        with self._putting:
+            # In this order: who is taken meanwhile is counted twice, and not as one who waits for nobody.
+            missing = self.qsize + 1 - (idle := self.idle)
+            if missing > 0:
+                self._grown = time.monotonic()
+                self.grow(missing)
+            elif idle > self.min and time.monotonic() - self._grown > _CALM_SECONDS:
+                self.shrink(idle // 2)
+            super().put(connection)
 
 
 def _remove_dead(place: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import signal
 import sys
 import threading
+from contextlib import suppress
 
 from oslo_log import log
 
@@ -46,6 +48,7 @@ class Serve(CloudletCommand):
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         options = self._options(parsed_args.listen)
         logs.begin(self.app.options.config_file, quiet=self.app.quiet)
+        _raise_limit()
         with only_server(options.machine.state_dir, shared=bool(options.job_board)):
             if options.auth_strategy == "http_basic" and (first := identity.first_user(options.users_file)):
                 # On standard output, and nowhere else, not even in the log.
@@ -89,3 +92,10 @@ class Serve(CloudletCommand):
             LOG.info("limits, leases and the certificate were read again")
         except CloudletError as error:
             LOG.error("the settings stay as they were: %s", error)
+
+
+def _raise_limit() -> None:
+    """Allow as many descriptors as may be: each client costs one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # the system's own limit is lower by now
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from cloudlet.errors import CloudletError, UsageError
+from cloudlet.errors import CloudletError, FailedError, UsageError, of_the_system
 from cloudlet.hypervisor.qemu.sockets import listen
 from cloudlet.keeper.order import Status, describe
 from cloudlet.keeper.wire import Line
@@ -39,6 +41,7 @@ class Control:
         self._changed = threading.Condition()
         self._number = 0
         self._busy = threading.Lock()
+        self._unwritten = False
         self._write()
         with suppress(FileNotFoundError):  # of a keeper that was killed here
             (folder / SOCKET).unlink()
@@ -46,13 +49,25 @@ class Control:
         threading.Thread(target=self._accept, name="control", daemon=True).start()
 
     def tell(self, *, keep: bool = True, **changes: Any) -> None:
-        """Change the status; with ``keep`` also that in the file."""
+        """Change the status; with ``keep`` also that in the file.
+
+        What cannot be written is written with the next change: who watches knows it anyway.
+        """
         with self._changed:
             self.status = self.status.with_(**changes)
             self._number += 1
-            if keep:
-                self._write()
+            if keep or self._unwritten:
+                self._try_to_write()
             self._changed.notify_all()
+
+    def _try_to_write(self) -> None:
+        try:
+            self._write()
+            self._unwritten = False
+        except OSError as error:
+            if not self._unwritten:
+                _log(f"the status cannot be written: {error}")
+            self._unwritten = True
 
     def _write(self) -> None:
         new = self._folder / f"{STATUS}.new"
@@ -69,13 +84,16 @@ class Control:
 
     def _serve(self, connection: socket.socket) -> None:
         line = Line(connection)
-        with suppress(OSError):
+        try:
             for message in line.messages():
                 if message.get("do") == "watch":
                     self._watched(line)
                 else:
                     self._do(line, message)
-        line.close()
+        except OSError:
+            pass  # who asked has gone
+        finally:
+            line.close()
 
     def _watched(self, line: Line) -> None:
         seen = -1
@@ -97,11 +115,30 @@ class Control:
             if command is None:
                 raise UsageError(f"a keeper cannot {message.get('do')!r}")
             # To end it nobody has to wait until something else is done.
-            with nullcontext() if message.get("do") == "end" else self._busy:
+            end = message.get("do") == "end"
+            with nullcontext() if end else self._busy:
+                if not end and line.closed:
+                    return  # who gave up waiting does not want it any more
                 answer = command(message, progress)
             line.send({"done": answer})
-        except CloudletError as error:
-            line.send({"error": describe(error)})
+        except Exception as error:
+            line.send({"error": describe_any(error)})
+
+
+def describe_any(error: Exception) -> dict[str, str]:
+    """An error as text, for another process; a defect is logged as well."""
+    if isinstance(error, CloudletError):
+        return describe(error)
+    if isinstance(error, OSError | MemoryError):
+        return describe(of_the_system(error))
+    _log("".join(traceback.format_exception(error)))
+    said = f"a defect: {type(error).__name__}: {error}"
+    return describe(FailedError(said, hint="see keeper.log of the instance"))
+
+
+def _log(text: str) -> None:
+    with suppress(OSError):  # the log may be on the disk that is full
+        print(text, file=sys.stderr, flush=True)
 
 
 def read_status(folder: Path) -> Status | None:

@@ -14,6 +14,9 @@ from cloudlet.keeper.order import Order
 ORDER, _LOCK = "order.json", "lock"
 _LOOK_SECONDS = 1.0
 
+Generation = tuple[int, int]
+"""What tells the keepers apart that follow each other in folders of one name."""
+
 
 def make(folder: Path, order: Order) -> None:
     """Make the folder of a keeper to be; nothing happens if there is one."""
@@ -61,7 +64,7 @@ def is_kept(folder: Path) -> bool:
         os.close(lock)
 
 
-def generation(folder: Path) -> tuple[int, int] | None:
+def generation(folder: Path) -> Generation | None:
     """Which of the keepers it is that have had a folder by this name; None if there is none."""
     try:
         lock = (folder / _LOCK).stat()

@@ -36,9 +36,9 @@ _START_SECONDS = 20.0
 _END_SECONDS = 30.0
 _LOOK_SECONDS = 0.01
 
-Told = Callable[[str, Status | None], None]
-"""Told, from the watching thread, of an instance's id and its new status; once the last is ``ENDED``. None if
-its keeper has gone without a trace: somebody else has ended it."""
+Told = Callable[[str, Status | None, folders.Generation | None], None]
+"""Told, from the watching thread, of an instance's id, its new status, and which of its keepers says so; once
+the last is ``ENDED``. None if it has gone without a trace: somebody else has ended it."""
 Progress = Callable[[int, int], None]
 
 
@@ -46,7 +46,7 @@ Progress = Callable[[int, int], None]
 class _Watched:
     instance_id: str
     connection: socket.socket
-    generation: tuple[int, int] | None
+    generation: folders.Generation | None
     """Which of an instance's keepers it is, that follow each other."""
     unread: bytes = b""
 
@@ -91,7 +91,7 @@ class Keepers:
             return set()
         found = {path.name for path in self._folder.iterdir() if path.is_dir()}
         for instance_id in found.difference(besides):
-            with suppress(CloudletError):  # it ends just now: its last word is told like any other
+            with suppress(CloudletError, OSError):  # it ends just now: its last word is told like any other
                 self.watch(instance_id)
         return found
 
@@ -101,13 +101,19 @@ class Keepers:
         :raises FailedError: it does not answer.
         """
         folder = self._folder / instance_id
-        if folders.is_kept(folder):
-            if instance_id not in self._watched:
-                self._adopt(instance_id, folder)
-            return True
-        if status := self._last_status(folder):
-            self._told(instance_id, status)
-        return False
+        if not folders.is_kept(folder):
+            generation, status = folders.generation(folder), read_status(folder)
+            if not folders.is_kept(folder):  # it has not begun just now
+                if status:
+                    self._told(instance_id, _ended(status), generation)
+                return False
+        if instance_id not in self._watched:
+            self._adopt(instance_id, folder)
+        return True
+
+    def generation(self, instance_id: str) -> folders.Generation | None:
+        """Which of an instance's keepers there is, or was last; None if there is no trace of any."""
+        return folders.generation(self._folder / instance_id)
 
     def lives(self, instance_id: str) -> bool:
         """Whether an instance has a living keeper."""
@@ -229,7 +235,7 @@ class Keepers:
                 break
             except (FailedError, OSError) as error:
                 if (status := read_status(folder)) and status.state is KeeperState.ENDED:
-                    self._told(instance_id, status)
+                    self._told(instance_id, status, folders.generation(folder))
                     return
                 if time.monotonic() > deadline:
                     raise FailedError(f"the keeper of instance {instance_id} does not begin") from error
@@ -284,7 +290,7 @@ class Keepers:
         if lines:  # those before the last are old already; the end is told when it is one
             status = Status.from_json(json.loads(lines[-1]))
             if status.state is not KeeperState.ENDED:
-                self._told(watched.instance_id, status)
+                self._told(watched.instance_id, status, watched.generation)
         if piece and len(watched.unread) < LONGEST_LINE:
             return
         self._selector.unregister(watched.connection)
@@ -297,15 +303,18 @@ class Keepers:
         folder = self._folder / watched.instance_id
         if forgotten or folders.generation(folder) not in (None, watched.generation):
             return
-        self._told(watched.instance_id, self._last_status(folder))
-
-    def _last_status(self, folder: Path) -> Status | None:
-        """The last status of a keeper that has gone, or is about to."""
         deadline = time.monotonic() + _END_SECONDS
-        while folders.is_kept(folder) and time.monotonic() < deadline:
+        while folders.is_kept(folder):
+            if time.monotonic() > deadline:
+                return  # it lives, and says nothing: who looks for keepers finds it again
             time.sleep(_LOOK_SECONDS)
-        status = read_status(folder)
-        if status and status.state is not KeeperState.ENDED:
-            killed = {"kind": "FailedError", "message": "its keeper was killed", "hint": ""}
-            status = status.with_(state=KeeperState.ENDED, endpoints=(), error=killed)
+        last = read_status(folder)
+        self._told(watched.instance_id, _ended(last) if last else None, watched.generation)
+
+
+def _ended(status: Status) -> Status:
+    """The last status of a keeper that has gone."""
+    if status.state is KeeperState.ENDED:
         return status
+    killed = {"kind": "FailedError", "message": "its keeper was killed", "hint": ""}
+    return status.with_(state=KeeperState.ENDED, endpoints=(), error=killed)

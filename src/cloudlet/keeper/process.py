@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,9 +23,9 @@ from typing import Any
 from cloudlet.control.save import save
 from cloudlet.control.site import Site
 from cloudlet.control.synthesis import Request, Synthesised, synthesise
-from cloudlet.errors import CloudletError, ConflictError, FailedError, of_the_system
+from cloudlet.errors import ConflictError, FailedError
 from cloudlet.hypervisor.driver import Instance, RunState
-from cloudlet.keeper.control import Control, Progress
+from cloudlet.keeper.control import Control, Progress, describe_any
 from cloudlet.keeper.folder import ORDER, take
 from cloudlet.keeper.order import KeeperState, Order, describe
 from cloudlet.model import Readiness
@@ -65,14 +64,8 @@ class Keeper:
         except _ToldToEnd:
             if not self._asked:
                 tell(keep=False, error=describe(FailedError("its keeper was told to end by the system")))
-        except CloudletError as error:
-            tell(keep=False, error=describe(error))
-        except (OSError, MemoryError) as error:
-            tell(keep=False, error=describe(of_the_system(error)))
         except Exception as error:
-            traceback.print_exc()
-            said = f"a defect: {type(error).__name__}: {error}"
-            tell(keep=False, error=describe(FailedError(said, hint="see keeper.log of the instance")))
+            tell(keep=False, error=describe_any(error))
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             Site.abandon(self._settings)

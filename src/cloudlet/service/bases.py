@@ -173,7 +173,9 @@ class Bases:
             lambda connection: BASES.update(connection, base_id, state=FileState.VERIFYING)
         )
         file = self.staged(base_id)
-        base = import_base(self._site.machine.bases, file, row.name if named else None, progress)
+        # A base that is here keeps its name, and its owner: who brings it again adds nothing to it.
+        name = row.name if named else None
+        base = import_base(self._site.machine.bases, file, name, progress, rename=False)
         if base is None:
             raise CorruptError("this is not an exported base", hint="make it with: cloudlet base export")
 
@@ -181,11 +183,13 @@ class Bases:
             other = BASES.find(connection, identity=base.id)
             if other and other.user_id != SITE:
                 raise ConflictError(f"this base is here already, as {other.name}, {other.id}")
-            if other:  # found here before its row said so
+            owner: dict[str, Any] = {}
+            if other:
                 BASES.delete(connection, other.id)
+                owner = {"project_id": SITE, "user_id": SITE}
             done = BASES.update(
                 connection, base_id, state=FileState.ACTIVE, name=base.name, identity=base.id,
-                size=base.bytes_on_disk(), description=describe_base(base), error=None,
+                size=base.bytes_on_disk(), description=describe_base(base), error=None, **owner,
             )  # fmt: skip
             journal.emit(connection, "base", "active", done, name=done.name)
 

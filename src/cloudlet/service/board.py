@@ -51,19 +51,18 @@ class Board:
         with self._tolerant():
             self._board.post(
                 operation.kind,
-                details={"operation": operation.id, "urgent": urgent},
+                details={"operation": operation.id, "subject": operation.subject, "urgent": urgent},
                 priority=JobPriority.HIGH if urgent else JobPriority.NORMAL,
             )
 
-    def known(self) -> set[str]:
-        """The ids of the operations on the board."""
-        return {operation_of(job) for job in self.jobs()}
+    def known(self) -> set[str] | None:
+        """The ids of the operations on the board; None if it is away."""
+        jobs = self._jobs()
+        return None if jobs is None else {operation_of(job) for job in jobs}
 
     def jobs(self) -> list[RedisJob]:
         """All jobs, claimed or not, those first that are to be done first."""
-        with self._tolerant():
-            return list(self._board.iterjobs())
-        return []
+        return self._jobs() or []
 
     def claim(self, job: RedisJob, who: str) -> bool:
         """Take a job for some seconds; whether nobody else has."""
@@ -93,6 +92,11 @@ class Board:
     def close(self) -> None:
         self._board.close()
 
+    def _jobs(self) -> list[RedisJob] | None:
+        with self._tolerant():
+            return list(self._board.iterjobs())
+        return None
+
     @contextmanager
     def _tolerant(self) -> Iterator[None]:
         """The board may be away for a while: that is logged once, and nothing is lost."""
@@ -116,6 +120,11 @@ class Board:
 def operation_of(job: RedisJob) -> str:
     """The id of the operation that a job is about."""
     return str(job.details["operation"])
+
+
+def subject_of(job: RedisJob) -> str:
+    """The id of what the operation of a job must be alone with."""
+    return str(job.details["subject"])
 
 
 def is_urgent(job: RedisJob) -> bool:

@@ -16,10 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from oslo_log import log
 from taskflow.jobs.backends.impl_redis import RedisJob
 
-from cloudlet.service.board import CLAIM_SECONDS, Board, is_urgent, operation_of
+from cloudlet.service.board import CLAIM_SECONDS, Board, is_urgent, operation_of, subject_of
 
 LOG = log.getLogger(__name__)
 _LOOK_SECONDS, _IDLE_SECONDS = 0.02, 0.2
+_BUSY_SECONDS = 0.3
+"""So long until a job is free again with whose subject another process works."""
 _KEEP_SECONDS = CLAIM_SECONDS / 4
 _CANCEL_SECONDS = 0.5
 
@@ -28,7 +30,7 @@ class Conductor:
     """The threads of a process that work on what is on a board; ``threads`` for urgent jobs, and others."""
 
     def __init__(
-        self, board: Board, perform: Callable[[str], None], hear_cancelled: Callable[[], None], threads: int
+        self, board: Board, perform: Callable[[str], bool], hear_cancelled: Callable[[], None], threads: int
     ) -> None:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self._board = board
@@ -71,6 +73,8 @@ class Conductor:
             alike = sum(is_urgent(held) is urgent for held in self._held.values())
             if job.uuid in self._held or alike >= self._most or self._closed.is_set():
                 return False
+            if subject_of(job) in map(subject_of, self._held.values()):
+                return False  # when what is being done with the same has ended
         if not self._board.claim(job, self.name):
             return False
         with self._lock:
@@ -79,10 +83,14 @@ class Conductor:
         return True
 
     def _do(self, job: RedisJob) -> None:
-        self._perform(operation_of(job))
+        done = self._perform(operation_of(job))
         if self._closed.is_set():
             return  # it may have been left as it was
-        self._board.done(job, self.name)
+        if done:
+            self._board.done(job, self.name)
+        else:
+            self._closed.wait(_BUSY_SECONDS)
+            self._board.give_back(job, self.name)
         with self._lock:
             del self._held[job.uuid]
 

@@ -18,7 +18,7 @@ from cloudlet.service import overlays
 from cloudlet.service.keeping import endpoints_of
 from cloudlet.service.steps import Flow, Running, Step
 from cloudlet.store import journal
-from cloudlet.store.rows import INSTANCES, OVERLAYS, Instance, InstanceState
+from cloudlet.store.rows import INSTANCES, OVERLAYS, FileState, Instance, InstanceState
 
 _READY_SECONDS = 3600.0
 """Longest time for an instance to be ready, its download included: the keeper has shorter ones of its own."""
@@ -86,9 +86,9 @@ class Synthesise(_OfInstance):
         # It may have ended since it said that it is ready, when nobody took it for one that runs.
         self.site.keeping.look_again(self.instance_id)
 
-    def _look(self, status: Status) -> None:
+    def _look(self, status: Status | None) -> None:
         self.running.check()
-        if status.total:
+        if status and status.total:
             self.running.progress(status.received, status.total)
 
 
@@ -225,9 +225,12 @@ class Fetch(Step):
     def do(self) -> None:
         overlay_id = self.operation.resources["overlay"]
         overlay = self.site.database.read(lambda connection: OVERLAYS.get(connection, overlay_id))
-        if overlay.digest and self.site.blobs.path(overlay.digest):
-            return
         file = self.site.blobs.staging(f"fetch-{overlay_id}")
+        if overlay.digest and self.site.blobs.path(overlay.digest):
+            if overlay.state is not FileState.ACTIVE:  # by a process that was killed before it could say so
+                file.unlink(missing_ok=True)
+                self.site.overlays.finish(overlay_id, file)
+            return
         assert overlay.url
         overlays.download(overlay.url, file, self.site.options.fetch_networks, self.running.progress)
         self.site.overlays.finish(overlay_id, file, self.running.progress)

@@ -54,17 +54,15 @@ class Housekeeping:
 
     def _take_turn(self) -> None:
         while not self._closed.wait(_TRY_SECONDS):
-            if not self._held.enter_context(self._site.alone.at_once("housekeeping")):
-                self._held.close()
-                continue
-            LOG.info("this process keeps house")
             try:
-                self._take_over()
+                if self._held.enter_context(self._site.alone.at_once("housekeeping")):
+                    LOG.info("this process keeps house")
+                    self._take_over()
+                    break
             except Exception:
                 LOG.exception("the house could not be taken over")
-                self._held.close()
-            else:
-                self._sweep()
+            self._held.close()
+        self._sweep()
 
     def _take_over(self) -> None:
         site = self._site
@@ -75,7 +73,7 @@ class Housekeeping:
         site.keeping.adopt()
         if left := site.work.resume():
             LOG.info("going on with %d operations of the last process", len(left))
-        site.shutdown.undo()
+        site.shutdown.look()
         site.leases.begin()
         site.tidying.begin()
         site.webhooks.begin()
@@ -84,10 +82,10 @@ class Housekeeping:
         """Find what other processes of the site began, and what was lost on its way."""
         while not self._closed.wait(_SWEEP_SECONDS):
             try:
-                self._site.keeping.find_new()
-                self._site.work.resume()
                 self._site.shutdown.look()
+                self._site.work.resume()
                 self._site.leases.look()
+                self._site.keeping.find_new()
                 self._site.webhooks.look()
             except Exception:
                 LOG.exception("what others left could not be found")

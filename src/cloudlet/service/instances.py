@@ -6,8 +6,8 @@ writes that it is being done, with the operation that does it, in one transactio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -44,6 +44,9 @@ _ASK_SECONDS = 10.0
 _RUNNING = (InstanceState.ACTIVE, InstanceState.PAUSED)
 
 
+Aside = Callable[[], AbstractContextManager[Any]]
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """An instance that somebody asks for."""
@@ -66,14 +69,17 @@ class Instances:
     def __init__(self, site: ServedSite) -> None:
         self._site = site
 
-    def create(self, asked: Asked, remember: Remember = forget) -> tuple[Instance, Operation]:
+    def create(
+        self, asked: Asked, remember: Remember = forget, elsewhere: Aside = nullcontext
+    ) -> tuple[Instance, Operation]:
         """Admit an instance, and have it made.
 
+        :param elsewhere: a context for what waits for another server.
         :raises CapacityError: it does not fit.
         :raises ConflictError: its overlay is not whole.
         :raises IntegrityError: the overlay at the URL may not run here.
         """
-        instance, overlay = self._planned(asked)
+        instance, overlay = self._planned(asked, elsewhere)
         wanted = Usage(1, instance.memory_bytes, instance.cpus, instance.disk_bytes)
 
         def admit(connection: Connection) -> Operation:
@@ -128,7 +134,11 @@ class Instances:
         with self._site.keeping.asking(instance.id):
             after, expired = self._site.database.write(renew)
             if expired:
-                self._site.keeping.keepers.ask(instance.id, "resume")
+                try:
+                    self._site.keeping.keepers.ask(instance.id, "resume", timeout=_ASK_SECONDS)
+                except CloudletError:
+                    self._put_back(after, state=InstanceState.EXPIRED, expires_at=instance.expires_at)
+                    raise
         self._site.leases.look()
         return after
 
@@ -152,8 +162,11 @@ class Instances:
             return self._resume_suspended(instance, even_draining)
         return self._change(instance, InstanceState.PAUSED, InstanceState.ACTIVE, "resumed", "resume")
 
-    def suspend(self, instance: Instance) -> Operation:
-        """Write the machine to a file and end it."""
+    def suspend(self, instance: Instance, *, until_start: bool = False) -> Operation:
+        """Write the machine to a file and end it.
+
+        :param until_start: it is resumed when the site is started again after a shutdown of the machine.
+        """
 
         def begin(connection: Connection) -> Operation:
             before = INSTANCES.get(connection, instance.id, lock=True)
@@ -162,6 +175,8 @@ class Instances:
                     f"instance {instance.id} is {before.state}", hint="wait until it is active"
                 )
             paused = before.state is InstanceState.PAUSED
+            # Who has paused an instance resumes it: it waits for that in a file instead of in memory.
+            INSTANCES.update(connection, instance.id, resume_at_start=until_start and not paused)
             return self._begin(connection, "instance.suspend", instance, input_={"paused": paused})
 
         return self._submit(begin)
@@ -183,10 +198,13 @@ class Instances:
 
         return self._submit(begin)
 
-    def delete(self, instance: Instance) -> Operation:
+    def delete(self, instance: Instance, only_if: Mapping[str, Any] | None = None) -> Operation:
         """End the machine and forget the instance; what is being done with it is cancelled.
 
         Who asks again is told of the same operation.
+
+        :param only_if: what its row has to say.
+        :raises ConflictError: it does not.
         """
 
         def begin(connection: Connection) -> Operation:
@@ -194,7 +212,8 @@ class Instances:
             for begun in self._site.work.open_on(connection, instance.id):
                 if begun.kind == "instance.delete":
                     return begun
-            after = INSTANCES.update(connection, instance.id, state=InstanceState.DELETING, endpoints=[])
+            deleting = {"state": InstanceState.DELETING, "endpoints": []}
+            after = INSTANCES.update(connection, instance.id, where=only_if, **deleting)
             journal.emit(connection, "instance", "deleting", after)
             return self._begin(connection, "instance.delete", instance)
 
@@ -228,16 +247,18 @@ class Instances:
         """Where a suspended machine is."""
         return self._site.options.machine.state_dir / "suspended" / instance_id
 
-    def _planned(self, asked: Asked) -> tuple[Instance, Overlay | None]:
+    def _planned(self, asked: Asked, elsewhere: Aside) -> tuple[Instance, Overlay | None]:
         overlay, url = asked.overlay, asked.url
         if asked.app:
             overlay = self._overlay_of(asked.app)
         if overlay:
             if overlay.state is not FileState.ACTIVE and not overlay.url:
                 raise ConflictError(f"overlay {overlay.id} is {overlay.state}", hint="upload its bytes first")
-            root = self._site.overlays.root(overlay)
+            with elsewhere() if overlay.url else nullcontext():
+                root = self._site.overlays.root(overlay)
         elif url:
-            root = self._site.overlays.peek(url)[0]
+            with elsewhere():
+                root = self._site.overlays.peek(url)[0]
         else:
             raise UsageError("an instance needs app_id, overlay_id or url")
         self._check_base(root)
@@ -248,7 +269,7 @@ class Instances:
         return Instance(
             project_id=asked.project_id,
             user_id=asked.user_id,
-            name=asked.name or root.app.name,
+            name=asked.name or (asked.app or asked.overlay or root.app).name,
             app_id=asked.app.id if asked.app else None,
             overlay_id=overlay.id if overlay else None,
             base_identity=root.base,
@@ -297,7 +318,8 @@ class Instances:
             limits = self._site.options.limits
             capacity.admit(connection, limits, wanted, even_draining=even_draining)
             suspended = {"state": InstanceState.SUSPENDED}
-            INSTANCES.update(connection, instance.id, where=suspended, state=InstanceState.SYNTHESISING)
+            coming = {"state": InstanceState.SYNTHESISING, "resume_at_start": False}
+            INSTANCES.update(connection, instance.id, where=suspended, **coming)
             return self._begin(connection, "instance.resume", instance)
 
         return self._submit(begin)
@@ -317,14 +339,18 @@ class Instances:
             try:
                 self._site.keeping.keepers.ask(instance.id, ask, timeout=_ASK_SECONDS)
             except CloudletError:
-                with suppress(CloudletError):
-                    self._site.database.write(
-                        lambda connection: INSTANCES.update(
-                            connection, instance.id, where={"state": state}, state=before
-                        )
-                    )
+                self._put_back(after, state=before)
                 raise
         return after
+
+    def _put_back(self, after: Instance, **before: Any) -> None:
+        """Have a row say again what it said, since its keeper could not follow."""
+        with suppress(CloudletError):
+            self._site.database.write(
+                lambda connection: INSTANCES.update(
+                    connection, after.id, where={"state": after.state}, **before
+                )
+            )
 
     def _begin(
         self,

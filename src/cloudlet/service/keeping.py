@@ -16,6 +16,7 @@ from oslo_log import log
 from sqlalchemy.engine import Connection
 
 from cloudlet.errors import CloudletError, ConflictError, FailedError, NotFoundError
+from cloudlet.keeper.folder import Generation
 from cloudlet.keeper.handle import Keepers
 from cloudlet.keeper.order import KeeperState, Order, Status, describe
 from cloudlet.store import journal
@@ -35,43 +36,43 @@ class Keeping:
     def __init__(self, site: ServedSite) -> None:
         self._site = site
         self._changed = threading.Condition()
-        self._statuses: dict[str, Status] = {}
+        self._statuses: dict[str, tuple[Generation | None, Status]] = {}
         self.keepers = Keepers(site.options.machine, self._told)
 
     def status(self, instance_id: str) -> Status | None:
         """What the keeper of an instance said last, if there is one."""
-        return self._statuses.get(instance_id) or self.keepers.status(instance_id)
+        return self._fresh(instance_id) or self.keepers.status(instance_id)
 
     def known(self, instance_id: str) -> Status | None:
-        """The same, if it is in memory."""
-        return self._statuses.get(instance_id)
+        """The same, if it is in memory; perhaps of a keeper before."""
+        return self._statuses[instance_id][1] if instance_id in self._statuses else None
 
     def wait(
         self,
         instance_id: str,
         until: Callable[[Status], bool],
         timeout: float,
-        each: Callable[[Status], None],
+        each: Callable[[Status | None], None],
     ) -> Status:
-        """Wait until a keeper's status is as wanted; ``each`` is called at every change, and may raise.
+        """Wait until a keeper's status is as wanted; ``each`` is called now and then, and may raise.
 
-        :raises FailedError: it was not in so many seconds.
+        :raises FailedError: it was not in so many seconds, or there is no keeper.
         """
         deadline = time.monotonic() + timeout
-        if instance_id not in self._statuses:  # another process has started it
-            self.keepers.watch(instance_id)
         while True:
             with self._changed:
-                status = self._statuses.get(instance_id)
-            if status:
-                each(status)
-                if until(status):
-                    return status
+                said = self._statuses.get(instance_id)
+            status = self._fresh(instance_id)
+            each(status)
+            if status and until(status):
+                return status
+            if not status and not self.keepers.watch(instance_id) and not self._fresh(instance_id):
+                raise FailedError(f"the keeper of instance {instance_id} is gone")
             with self._changed:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise FailedError(f"instance {instance_id} is not ready after {timeout:.0f} s")
-                if self._statuses.get(instance_id) is status:
+                if self._statuses.get(instance_id) is said:
                     self._changed.wait(min(left, 1.0))
 
     def wake(self) -> None:
@@ -85,7 +86,7 @@ class Keeping:
         :raises FailedError: it does not begin.
         """
         status = self.keepers.status(instance_id)
-        if status and status.state is KeeperState.ENDED:
+        if status and (status.state is KeeperState.ENDED or not self.keepers.lives(instance_id)):
             # Of an earlier try, or of the machine that is to be started again.
             self.end(instance_id)
         with self._changed:
@@ -143,17 +144,26 @@ class Keeping:
 
     def find_new(self) -> None:
         """Watch the keepers that other processes of the site started."""
-        ended = {one for one, status in self._statuses.copy().items() if status.state is KeeperState.ENDED}
+        ended = {
+            one
+            for one, (generation, status) in self._statuses.copy().items()
+            if status.state is KeeperState.ENDED and generation == self.keepers.generation(one)
+        }
         self.keepers.adopt(besides=ended)
 
     def close(self) -> None:
         """Stop watching; the machines go on."""
         self.keepers.close()
 
-    def _told(self, instance_id: str, status: Status | None) -> None:
+    def _fresh(self, instance_id: str) -> Status | None:
+        """What the keeper that there is said last, if it is in memory, and not what one before it said."""
+        generation, status = self._statuses.get(instance_id, (None, None))
+        return status if generation == self.keepers.generation(instance_id) else None
+
+    def _told(self, instance_id: str, status: Status | None, generation: Generation | None) -> None:
         with self._changed:
             if status:
-                self._statuses[instance_id] = status
+                self._statuses[instance_id] = generation, status
             else:
                 self._statuses.pop(instance_id, None)
             self._changed.notify_all()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LOG = log.getLogger(__name__)
 _LEASED = (InstanceState.ACTIVE, InstanceState.PAUSED, InstanceState.EXPIRED)
 _LONGEST_SLEEP = 3600.0
+_ASK_SECONDS = 10.0
 
 
 class Leases:
@@ -35,7 +36,8 @@ class Leases:
         self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
 
     def begin(self) -> None:
-        self._thread.start()
+        if not self._thread.ident:
+            self._thread.start()
 
     def look(self) -> None:
         """A lease has changed."""
@@ -74,8 +76,10 @@ class Leases:
         options = self._site.options.leases
         if instance.state is InstanceState.EXPIRED:
             if (left := end + timedelta(seconds=options.grace) - moment) <= timedelta():
-                with suppress(CloudletError):
-                    self._site.instances.delete(instance)
+                with suppress(CloudletError):  # if it was renewed meanwhile
+                    self._site.instances.delete(
+                        instance, only_if={"state": InstanceState.EXPIRED, "expires_at": end}
+                    )
                 return timedelta(seconds=_LONGEST_SLEEP)
             return left
         if end <= moment:
@@ -98,7 +102,7 @@ class Leases:
 
         with suppress(CloudletError), self._site.keeping.asking(instance.id):
             self._site.database.write(expire)
-            self._site.keeping.keepers.ask(instance.id, "pause")
+            self._site.keeping.keepers.ask(instance.id, "pause", timeout=_ASK_SECONDS)
 
     def _warn(self, instance: Instance) -> None:
         def warn(connection: Connection) -> None:

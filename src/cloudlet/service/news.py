@@ -23,7 +23,7 @@ from cloudlet.store.journal import Event
 LOG = log.getLogger(__name__)
 _REMEMBERED = 10_000
 _BATCH = 1000
-_FAILED_SECONDS = 1.0
+_FAILED_SECONDS = _AGAIN_SECONDS = 1.0
 _TOGETHER_SECONDS = 0.005
 """What is written so shortly one after the other is read together."""
 _CALLED_AT_ONCE, _EACH_SECONDS = 16, 0.002
@@ -130,8 +130,8 @@ class News:
                     return
                 with self._changed:
                     if self._operations[operation_id][1] == seen:
-                        # Another process of this site may be at work on it.
-                        self._changed.wait(min(left, self._others_seconds))
+                        # Its end comes with an event; what it does meanwhile another process may know.
+                        self._changed.wait(min(left, _AGAIN_SECONDS))
 
     @contextmanager
     def _watching(self, operation_id: str) -> Iterator[None]:
@@ -206,6 +206,9 @@ class News:
                 self._waiters.difference_update(called)
             if called:
                 self._to_call.put(called)
+            for event in new:
+                if event.noun == "operation":  # it has ended, perhaps by another process's work
+                    self.operation_changed(event.resource_id)
 
     def _call(self) -> None:
         """Call those who waited, not all at once: each of them answers somebody, and others want that too."""

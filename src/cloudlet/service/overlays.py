@@ -7,6 +7,7 @@ all of it has been verified: every frame by its digest, the root by a signature 
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +21,7 @@ from cloudlet.errors import (
     ConflictError,
     FailedError,
     IntegrityError,
+    NotFoundError,
     TooLargeError,
     UnreachableError,
 )
@@ -139,7 +141,10 @@ class Overlays:
                 description={**_described(root), "signed_by": signed_by},
             )
             self._site.blobs.adopt(file, digest, f"overlay:{overlay_id}", kept=overlay.url is None)
-        elif not (overlay.digest and self._site.blobs.path(overlay.digest)):
+        elif overlay.digest and self._site.blobs.path(overlay.digest):
+            # It had its name when there was a crash, and perhaps no row yet.
+            self._site.blobs.record(overlay.digest, f"overlay:{overlay_id}", kept=overlay.url is None)
+        else:
             raise FailedError("the bytes of the overlay have gone", hint="upload it again")
 
         def note(connection: Connection) -> Overlay:
@@ -156,11 +161,13 @@ class Overlays:
             done = OVERLAYS.update(connection, overlay_id, state=FileState.REJECTED, error=describe(error))
             journal.emit(connection, "overlay", "rejected", done, name=done.name, error=done.error)
 
-        self._site.database.write(note)
+        with suppress(NotFoundError):  # it was deleted meanwhile
+            self._site.database.write(note)
 
     def not_fetched(self, overlay_id: str, error: CloudletError) -> None:
         """Say that the bytes of an overlay did not come; they may be asked for again."""
-        self._become(overlay_id, FileState.QUEUED, error=describe(error))
+        with suppress(NotFoundError):
+            self._become(overlay_id, FileState.QUEUED, error=describe(error))
 
     def find_left(self) -> None:
         """At the start: what was being verified when the site was killed can be sent on, or is whole."""
@@ -226,8 +233,14 @@ class Overlays:
         try:
             networks = self._site.options.fetch_networks
             with open_source(url, io.BytesIO(), patience=_PEEK_SECONDS, networks=networks) as source:
-                reader = OverlayReader(source, self._site.machine.keys.verify)
-                return reader.root, reader.identity
+                # However often a byte comes: the head is short.
+                ends = threading.Timer(2 * _PEEK_SECONDS, source.close)
+                ends.start()
+                try:
+                    reader = OverlayReader(source, self._site.machine.keys.verify)
+                    return reader.root, reader.identity
+                finally:
+                    ends.cancel()
         except FailedError as error:
             raise UnreachableError(error.message, hint=error.hint) from error
 

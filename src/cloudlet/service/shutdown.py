@@ -1,42 +1,53 @@
 """The shutdown of the machine: what runs is suspended before, and resumed when the site is started again.
 
-``cloudlet-manage suspend`` asks for it by a fact in the database, and whoever keeps house does it.
+``cloudlet-manage suspend`` asks for it by a fact in the database, and whoever keeps house does it. The fact
+says in which boot of the machine that was: only a later one, or ``suspend --off``, brings the instances back,
+and not another process that takes over meanwhile.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oslo_log import log
+from sqlalchemy.engine import Connection
 
-from cloudlet.errors import CloudletError
+from cloudlet.errors import CloudletError, ConflictError
 from cloudlet.service.capacity import SHUTDOWN
 from cloudlet.store import facts
 from cloudlet.store.database import Database
-from cloudlet.store.rows import INSTANCES, Instance, InstanceState
+from cloudlet.store.rows import INSTANCES, Instance, InstanceState, Operation
 
 if TYPE_CHECKING:
     from cloudlet.service.site import ServedSite
 
 LOG = log.getLogger(__name__)
-_ASKED, _HEARD = "asked", "heard"
 _COMING = (InstanceState.REQUESTED, InstanceState.SYNTHESISING)
 _RUNNING = (InstanceState.ACTIVE, InstanceState.PAUSED)
+_OVER = "over"
 
 
 def ask(database: Database) -> None:
-    """Have whoever serves suspend all that runs, until it is started again."""
-    database.write(lambda connection: facts.write(connection, SHUTDOWN, _ASKED))
+    """Have whoever serves suspend all that runs, until the machine has been started again."""
+    database.write(lambda connection: facts.write(connection, SHUTDOWN, f"asked {_boot()}"))
 
 
 def heard(database: Database) -> bool:
     """Whether somebody serves, and has heard of it."""
-    return database.read(lambda connection: facts.read(connection, SHUTDOWN)) == _HEARD
+    said = database.read(lambda connection: facts.read(connection, SHUTDOWN)) or ""
+    return said.startswith("heard ")
 
 
 def take_back(database: Database) -> None:
-    """Have it no more."""
-    database.write(lambda connection: facts.write(connection, SHUTDOWN, None))
+    """Have whoever serves resume what was suspended so, and admit instances again."""
+
+    def over(connection: Connection) -> None:
+        if facts.read(connection, SHUTDOWN):
+            facts.write(connection, SHUTDOWN, _OVER)
+
+    database.write(over)
 
 
 def still_running(database: Database) -> list[Instance]:
@@ -52,45 +63,55 @@ class Shutdown:
         self._site = site
 
     def look(self) -> None:
-        """Suspend what runs, if that is asked for. What is just coming waits for the next look."""
-        said = self._site.database.read(lambda connection: facts.read(connection, SHUTDOWN))
-        if said is None:
+        """Suspend what runs, if that is asked for; what just comes waits for the next look. Or undo it."""
+        if not self._site.database.read(lambda connection: facts.read(connection, SHUTDOWN)):
             return
-        if said == _ASKED:
-            self._site.database.write(lambda connection: facts.write(connection, SHUTDOWN, _HEARD))
-        for instance in self._running():
+        said = self._site.database.write(_hear) or _OVER
+        if said == _OVER or not said.endswith(_boot()):
+            self._undo()
+            return
+        for instance in self._site.database.read(
+            lambda connection: INSTANCES.list(connection, state=_RUNNING)
+        ):
+            if self._open_on(instance):
+                continue  # when that has ended
             try:
-                self._suspend(instance)
+                self._site.instances.suspend(instance, until_start=True)
             except CloudletError as error:
                 LOG.warning("instance %s cannot be suspended now: %s", instance.id, error)
 
-    def undo(self) -> None:
-        """At the start: resume what was suspended for a shutdown. What was not yet goes on."""
-        take_back(self._site.database)
+    def _undo(self) -> None:
+        """Resume what was suspended for a shutdown. What was not yet goes on."""
         flagged = self._site.database.read(
             lambda connection: INSTANCES.list(connection, resume_at_start=True)
         )
         for instance in flagged:
-            self._flag(instance, value=False)
             try:
                 if instance.state is InstanceState.SUSPENDED:
                     self._site.instances.resume(instance, even_draining=True)
-                else:
-                    self._site.work.cancel_others(instance.id, besides="")
+                    continue
+                for begun in self._open_on(instance):
+                    if begun.kind == "instance.suspend":
+                        with suppress(ConflictError):
+                            self._site.work.cancel(begun.id)
+                self._site.instances.describe(instance, resume_at_start=False)
             except CloudletError as error:
                 LOG.error("instance %s stays suspended: %s", instance.id, error)
+        # Last: until here what comes anew would take their places.
+        self._site.database.write(lambda connection: facts.write(connection, SHUTDOWN, None))
 
-    def _running(self) -> list[Instance]:
-        return self._site.database.read(lambda connection: INSTANCES.list(connection, state=_RUNNING))
+    def _open_on(self, instance: Instance) -> list[Operation]:
+        return self._site.database.read(lambda connection: self._site.work.open_on(connection, instance.id))
 
-    def _suspend(self, instance: Instance) -> None:
-        if self._site.database.read(lambda connection: self._site.work.open_on(connection, instance.id)):
-            return  # when that has ended
-        # Who has paused an instance resumes it: it waits for that in a file instead of in memory.
-        self._flag(instance, value=instance.state is InstanceState.ACTIVE)
-        self._site.instances.suspend(instance)
 
-    def _flag(self, instance: Instance, *, value: bool) -> None:
-        self._site.database.write(
-            lambda connection: INSTANCES.update(connection, instance.id, resume_at_start=value)
-        )
+def _hear(connection: Connection) -> str | None:
+    """What is asked for; from then on it is heard."""
+    said = facts.read(connection, SHUTDOWN)
+    if said and said.startswith("asked "):
+        facts.write(connection, SHUTDOWN, said.replace("asked ", "heard ", 1))
+    return said
+
+
+def _boot() -> str:
+    """Which boot of the machine this is."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -31,7 +31,8 @@ class Tidying:
         self._thread = threading.Thread(target=self._run, name="tidying", daemon=True)
 
     def begin(self) -> None:
-        self._thread.start()
+        if not self._thread.ident:
+            self._thread.start()
 
     def close(self) -> None:
         self._closed.set()

@@ -56,7 +56,8 @@ class Webhooks:
     def begin(self) -> None:
         self._any = bool(self._site.database.read(WEBHOOKS.count))
         self._site.database.when_committed(self._hear)
-        self._thread.start()
+        if not self._thread.ident:
+            self._thread.start()
 
     def close(self) -> None:
         self._closed = True

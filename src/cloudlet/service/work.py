@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from oslo_log import log
 from sqlalchemy.engine import Connection
 
-from cloudlet.errors import ConflictError
+from cloudlet.errors import CloudletError, ConflictError
 from cloudlet.keeper.order import describe
 from cloudlet.service.engine import Engine
 from cloudlet.service.steps import CancelledError, Flow, Observer, Running
@@ -38,17 +38,17 @@ class Queue(Protocol):
     def post(self, operation: Operation, *, urgent: bool) -> None:
         """Have an operation worked on soon, an urgent one before others; one that is known is not taken."""
 
-    def known(self) -> set[str]:
-        """The ids of those that are waiting or being worked on."""
+    def known(self) -> set[str] | None:
+        """The ids of those that are waiting or being worked on; None if nobody knows just now."""
 
     def close(self) -> None:
         """Take no more."""
 
 
 class Here:
-    """A queue in memory, and the threads that work on it."""
+    """A queue in memory, and the threads that work on it. Operations of the same take no more than one."""
 
-    def __init__(self, perform: Callable[[str], None], threads: int) -> None:
+    def __init__(self, perform: Callable[[str], bool], threads: int) -> None:
         self._perform = perform
         self._pools = {
             urgent: ThreadPoolExecutor(threads, thread_name_prefix="urgent" if urgent else "work")
@@ -56,14 +56,19 @@ class Here:
         }
         self._lock = threading.Lock()
         self._known: set[str] = set()
+        self._waiting: dict[str, list[tuple[str, bool]]] = {}
+        """By subject, those that come after the one that is worked on."""
 
     def post(self, operation: Operation, *, urgent: bool) -> None:
         with self._lock:
             if operation.id in self._known:
                 return
             self._known.add(operation.id)
-        with suppress(RuntimeError):  # closed: the next process finds it in the rows
-            self._pools[urgent].submit(self._do, operation.id)
+            if operation.subject in self._waiting:
+                self._waiting[operation.subject].append((operation.id, urgent))
+                return
+            self._waiting[operation.subject] = []
+        self._begin(operation.subject, operation.id, urgent)
 
     def known(self) -> set[str]:
         with self._lock:
@@ -73,12 +78,21 @@ class Here:
         for pool in self._pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _do(self, operation_id: str) -> None:
+    def _begin(self, subject: str, operation_id: str, urgent: bool) -> None:
+        with suppress(RuntimeError):  # closed: the next process finds it in the rows
+            self._pools[urgent].submit(self._do, subject, operation_id)
+
+    def _do(self, subject: str, operation_id: str) -> None:
         try:
             self._perform(operation_id)
         finally:
             with self._lock:
                 self._known.discard(operation_id)
+                following = self._waiting[subject]
+                if not following:
+                    del self._waiting[subject]
+            if following:
+                self._begin(subject, *following.pop(0))
 
 
 class Work:
@@ -118,7 +132,8 @@ class Work:
     def resume(self) -> list[Operation]:
         """Have all operations done that nobody has ended and nobody works on; they."""
         # In this order: what is added in between is posted by who adds it.
-        known = self._queue.known()
+        if (known := self._queue.known()) is None:
+            return []
         ids = self._site.database.read(lambda connection: OPERATIONS.ids(connection, state=_OPEN))
         if not (missing := ids - known):
             return []
@@ -147,8 +162,7 @@ class Work:
 
     def open_on(self, connection: Connection, instance_id: str) -> list[Operation]:
         """What is being done with an instance, or is about to be, in order."""
-        found = OPERATIONS.list(connection, state=_OPEN)
-        return [one for one in found if one.resources.get("instance") == instance_id]
+        return OPERATIONS.list(connection, state=_OPEN, subject=instance_id)
 
     def cancel_others(self, instance_id: str, besides: str) -> None:
         """Cancel what is being done with an instance, or is about to be."""
@@ -168,15 +182,29 @@ class Work:
             for operation in cancelled:
                 self._stop(operation.id)
 
-    def perform(self, operation_id: str) -> None:
-        """Do an operation now, or what is left of it; nothing happens if it has ended."""
+    def perform(self, operation_id: str) -> bool:
+        """Do an operation now, or what is left of it; nothing happens if it has ended.
+
+        What was begun with the same before, by a process that was killed, is done first.
+
+        :returns: False if another process works with the same: it is for another time.
+        """
         try:
             operation = self._site.database.read(lambda connection: OPERATIONS.get(connection, operation_id))
-            if not operation.state.ended:
-                with self._site.alone.with_(_what(operation)):
-                    self._perform_alone(operation_id)
+            if operation.state.ended:
+                return True
+            with self._site.alone.at_once(operation.subject) as mine:
+                if not mine:
+                    return False
+                for older in self._site.database.read(
+                    lambda connection: self.open_on(connection, operation.subject)
+                ):
+                    if older.created_at <= operation.created_at and older.id != operation.id:
+                        self._perform_alone(older.id)
+                self._perform_alone(operation_id)
         except Exception:
             LOG.exception("operation %s could not be worked on", operation_id)
+        return True
 
     def close(self) -> None:
         """Stop: what is being done stays as it is, for another process to go on with."""
@@ -212,8 +240,15 @@ class Work:
         if self._closed:
             return
         if state is not OperationState.SUCCEEDED:
-            self._flows[operation.kind].gave_up(running, error or CancelledError("cancelled by request"))
+            self._give_up(running, error or CancelledError("cancelled by request"))
         self._end(operation, state, describe(error) if error else None)
+
+    def _give_up(self, running: Running, error: CloudletError) -> None:
+        """Say in the rows that it came to nothing; it ends even where that cannot be said."""
+        try:
+            self._flows[running.operation.kind].gave_up(running, error)
+        except Exception:
+            LOG.exception("what became of operation %s could not be noted", running.operation.id)
 
     def _is_cancelled(self, operation: Operation) -> bool:
         return self._site.database.read(lambda connection: OPERATIONS.get(connection, operation.id)).cancelled
@@ -232,21 +267,14 @@ class Work:
             self._site.keeping.look_again(operation.resources["instance"])
 
 
-def _what(operation: Operation) -> str:
-    """What an operation must be alone with: those of an instance follow each other."""
-    resources = operation.resources
-    return next(
-        (resources[noun] for noun in ("instance", "overlay", "base") if noun in resources), operation.id
-    )
-
-
 _OPEN = (OperationState.PENDING, OperationState.RUNNING)
 
 
 def operation(kind: str, of: Any, resources: Mapping[str, str], **input_: Any) -> Operation:
     """A new operation on what somebody owns."""
     moment = now()
+    subject = next(resources[noun] for noun in ("instance", "overlay", "base") if noun in resources)
     return Operation(
         project_id=of.project_id, user_id=of.user_id, created_at=moment, updated_at=moment, kind=kind,
-        resources=dict(resources), input=input_,
+        resources=dict(resources), input=input_, subject=subject,
     )  # fmt: skip

@@ -77,6 +77,18 @@ class BlobStore:
             self._database.write(lambda connection: self._record(connection, digest, size, holder, kept))
         self.make_room()
 
+    def record(self, digest: str, holder: str, *, kept: bool) -> None:
+        """Have a row and a holder for a blob that has its name already. Can be done again.
+
+        :raises NotFoundError: it is not here.
+        """
+        with folder_lock(self.folder):
+            try:
+                size = self._path(digest).stat().st_size
+            except FileNotFoundError as error:
+                raise NotFoundError(f"blob {digest[:16]} is not here") from error
+            self._database.write(lambda connection: self._record(connection, digest, size, holder, kept))
+
     def hold(self, connection: Connection, digest: str, holder: str) -> None:
         """Have a blob held by one more.
 
@@ -160,7 +172,11 @@ class BlobStore:
         """Remove what crashes left: files of which no row speaks, and uses of processes that are no more."""
         self._database.write(_end_lost_uses)
         with folder_lock(self.folder):
-            query = sa.select(tables.blobs.c.digest)
+            # An overlay may say whose bytes it is before they have a row.
+            query = sa.union(
+                sa.select(tables.blobs.c.digest),
+                sa.select(tables.overlays.c.digest).where(tables.overlays.c.digest.is_not(None)),
+            )
             known = set(self._database.read(lambda connection: connection.execute(query).scalars().all()))
             orphans = [path for path in self._files() if path.name not in known]
             for path in orphans:

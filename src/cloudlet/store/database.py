@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -164,12 +164,19 @@ def _alembic(connection: Connection | None = None) -> Config:
 def _engine(url: str) -> Engine:
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError as error:
+    except (sa.exc.ArgumentError, ValueError):
+        # There may be a password in it, and in what is said of it.
         raise UsageError(
-            f"{url!r} is not the URL of a database", hint="such as sqlite:////var/lib/cloudlet/site.sqlite"
-        ) from error
+            "[database] connection is not the URL of a database",
+            hint="such as sqlite:////var/lib/cloudlet/site.sqlite; in a password, write @ / : as %40 %2F %3A",
+        ) from None
     try:
         return _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _server(parsed)
+    except sa.exc.NoSuchModuleError as error:
+        raise UsageError(
+            f"{parsed.drivername} is no kind of database that is known here",
+            hint="it begins with sqlite, postgresql+psycopg2 or mysql+pymysql",
+        ) from error
     except ImportError as error:
         raise UsageError(
             f"{parsed.drivername}: {error}", hint="pip install 'cloudlet[postgresql]' or 'cloudlet[mariadb]'"
@@ -196,7 +203,12 @@ def _server(url: sa.URL) -> Engine:
 def _sqlite(url: sa.URL) -> Engine:
     """An engine whose writers begin as such, and whose readers never wait for them."""
     if url.database:
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        place = Path(url.database)
+        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # It holds secrets; what SQLite makes beside it is like it.
+        place.touch(mode=0o600)
+        with suppress(PermissionError):  # another user's
+            place.chmod(place.stat().st_mode & 0o700)
     engine = sa.create_engine(
         url,
         poolclass=sa.QueuePool,

@@ -141,13 +141,19 @@ class Export:
 
 
 def import_base(
-    store: BaseStore, path: Path, name: str | None, progress: Progress | None = None
+    store: BaseStore,
+    path: Path,
+    name: str | None,
+    progress: Progress | None = None,
+    *,
+    rename: bool = True,
 ) -> Base | None:
     """Take a base from a file that :func:`export_base` wrote; None if the file is something else.
 
     Whoever wrote it is not trusted: all that its document says is checked before a file is read.
 
     :param name: what to call it here; None: what it was called there.
+    :param rename: whether a base that is here already is called so from now on.
     :raises IntegrityError: it is such a file, but not whole; nothing is kept.
     :raises UsageError: no base may have that name.
     """
@@ -174,6 +180,9 @@ def import_base(
                     progress(done, total)
             if file.read(1):
                 raise CorruptError(f"{path} goes on after its end")
+            if not rename:
+                with suppress(NotFoundError):
+                    name = store.get(description.identity).name
             base = store.adopt(workspace.path, description, name, document["created"])
     base.index(progress)
     return base

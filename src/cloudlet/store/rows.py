@@ -176,6 +176,8 @@ class Operation(Owned):
     steps: Sequence[Mapping[str, Any]] = ()
     error: Mapping[str, Any] | None = None
     cancelled: bool = False
+    subject: str = ""
+    """The id of what it must be alone with: operations of the same follow each other."""
     """Whether somebody asked for its end."""
     request_id: str = ""
 

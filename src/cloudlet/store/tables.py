@@ -139,6 +139,7 @@ operations = sa.Table(
     sa.Column("steps", sa.JSON, nullable=False),
     sa.Column("error", sa.JSON),
     sa.Column("cancelled", sa.Boolean, nullable=False),
+    sa.Column("subject", sa.String(36), nullable=False, index=True, server_default=""),
     sa.Column("request_id", sa.String(64), nullable=False),
 )
 events = sa.Table(

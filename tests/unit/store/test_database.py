@@ -271,10 +271,17 @@ def test_a_request_that_is_repeated_finds_what_it_made(database: Database) -> No
         Retry.of("u", "k" * 129, "instance.create", "{}")
 
 
-@pytest.mark.parametrize("url", ["", "nonsense", "sqlite", "oracle://x"])
+@pytest.mark.parametrize("url", ["", "nonsense", "sqlite", "oracle://x", "postgres://u:secret@h/x"])
 def test_what_is_no_url_of_a_database(url: str) -> None:
     with pytest.raises(UsageError):
         Database(url)
+
+
+@pytest.mark.parametrize("url", ["u:secret@h/x", "postgresql://u:secret/more@h/x", "postgres://u:secret@h/x"])
+def test_a_password_is_not_shown_with_a_url_that_is_wrong(url: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        Database(url)
+    assert "secret" not in str(raised.value)
 
 
 def test_a_server_that_is_not_there() -> None:

@@ -20,6 +20,8 @@ from cloudlet.model import PublishedPort
 from cloudlet.service.instances import Asked
 from cloudlet.store.rows import APPS, INSTANCES, OPERATIONS, OVERLAYS, Instance, Operation, Overlay
 
+_FIRST_FREE_PORT = 1024
+
 
 def list(call: Call, query: InstancesQuery) -> InstancesBody:  # noqa: A001 (it is what it is called on the wire)
     """List instances."""
@@ -40,6 +42,8 @@ def create(call: Call, body: InstanceCreateBody) -> Answer:
     if wanted.url and not call.allows("publisher", None):
         # The site would ask for members what they cannot reach themselves.
         raise RefusedError("only a publisher may have an overlay fetched from elsewhere")
+    if any(0 < port.port < _FIRST_FREE_PORT for port in wanted.ports) and not call.everything:
+        raise RefusedError(f"ports below {_FIRST_FREE_PORT} are the operator's", hint="choose another")
     app = listing.seen(call, APPS, wanted.app_id) if wanted.app_id else None
     lease = wanted.lease_seconds or (app.descriptor.get("lease_seconds") if app else None)
     asked = Asked(
@@ -54,7 +58,7 @@ def create(call: Call, body: InstanceCreateBody) -> Answer:
         metadata=wanted.metadata,
         request_id=call.request_id,
     )
-    _, operation = call.site.instances.create(asked, call.remember)
+    _, operation = call.site.instances.create(asked, call.remember, call.transfers.one)
     return accepted(call, operation)
 
 

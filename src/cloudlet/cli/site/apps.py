@@ -94,7 +94,7 @@ class Create(ShowsOne):
             "summary": parsed_args.summary,
             "public": not parsed_args.private,
             "restart": parsed_args.restart,
-            "lease_seconds": parsed_args.lease,
+            **_given({"lease_seconds": parsed_args.lease}),
         }
         overlay = self.client.find_overlay(parsed_args.overlay)
         return shown.columns(shown.app(self.client.create_app(parsed_args.name, overlay, **more)))

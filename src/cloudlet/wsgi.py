@@ -43,14 +43,9 @@ def _open(process: ExitStack) -> WSGIApplication:
     process.enter_context(only_server(folder, shared=shared, wait=_WAIT_SECONDS))
     site = ServedSite.open(options)
     process.callback(site.close)
-    threading.Thread(target=_end_streams, args=(site,), name="end", daemon=True).start()
+    # Before anything that atexit knows of, the process joins the server's threads, which hold streams of news.
+    threading._register_atexit(site.news.close)  # type: ignore[attr-defined]
     return build(site)
-
-
-def _end_streams(site: ServedSite) -> None:
-    """At the end of the process, end what clients listen to: before it closes anything, it joins threads."""
-    threading.main_thread().join()
-    site.news.close()
 
 
 _process = ExitStack()

@@ -43,7 +43,7 @@ def _open(process: ExitStack) -> WSGIApplication:
     process.enter_context(only_server(folder, shared=shared, wait=_WAIT_SECONDS))
     site = ServedSite.open(options)
     process.callback(site.close)
-    # Before anything that atexit knows of, the process joins the server's threads, which hold streams of news.
+    # Before what atexit knows of is called, the process joins the server's threads: streams must end first.
     threading._register_atexit(site.news.close)  # type: ignore[attr-defined]
     return build(site)
 

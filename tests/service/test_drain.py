@@ -8,7 +8,9 @@ import pytest
 import requests
 
 from cloudlet.service import capacity, shutdown
+from cloudlet.service.capacity import SHUTDOWN
 from cloudlet.service.options import Options
+from cloudlet.store import facts
 from cloudlet.store.database import Database
 from cloudlet.store.rows import CloudletState, Owned
 from tests.service.conftest import Caller, Made, nothing_runs, serving
@@ -163,6 +165,9 @@ def test_a_shutdown_of_the_machine_changes_nothing_of_it(options: Options, made:
         call.patch(SELF, DRAINING)
         for operation in call.get("/v1/operations")["operations"]:
             call.ended(operation)
+    database = Database(options.database_url)
+    database.write(lambda connection: facts.write(connection, SHUTDOWN, "heard in another boot"))
+    database.close()
     with serving(options) as running:
         call = running.call
         (resumed,) = call.get("/v1/operations?kind=instance.resume")["operations"]

@@ -6,10 +6,12 @@ asked for is done one at a time. The status is a file too: it is what a site rea
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
@@ -23,6 +25,8 @@ from cloudlet.keeper.wire import Line
 
 SOCKET, STATUS = "control.sock", "status.json"
 
+_LATER, _LATER_SECONDS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNABORTED), 0.1
+"""What passes, when somebody wants to connect."""
 _LOOK_SECONDS = 10.0
 """How often to look whether those are still there who have nothing to say, but want to know all."""
 
@@ -78,8 +82,11 @@ class Control:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if error.errno not in _LATER:
+                    return
+                time.sleep(_LATER_SECONDS)
+                continue
             threading.Thread(target=self._serve, args=(connection,), name="served", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:

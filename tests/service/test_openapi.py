@@ -15,6 +15,8 @@ from tests.service.conftest import PASSWORD, Made, Running, make, options_in, se
 
 SCHEMATHESIS = Path(__file__).parents[2] / ".venv" / "bin" / "st"
 SEED = "20240605"
+WAITS = ("--request-timeout", "75")
+"""Longer than a client may ask to wait for the end of an operation."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def explore(folder: Path, url: str, persona: str | None, *arguments: str) -> sub
     command = [str(SCHEMATHESIS), "--config-file", str(Path(__file__).with_name("schemathesis.toml")), "run"]
     who = ["--auth", f"{persona}:{PASSWORD}"] if persona else []
     return subprocess.run(
-        [*command, f"{url}/v1/openapi.json", "--checks", "all", "--seed", SEED, *who, *arguments],
+        [*command, f"{url}/v1/openapi.json", "--checks", "all", "--seed", SEED, *WAITS, *who, *arguments],
         capture_output=True,
         text=True,
         check=False,

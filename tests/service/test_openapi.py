@@ -15,7 +15,7 @@ from tests.service.conftest import PASSWORD, Made, Running, make, options_in, se
 
 SCHEMATHESIS = Path(__file__).parents[2] / ".venv" / "bin" / "st"
 SEED = "20240605"
-WAITS = ("--request-timeout", "75")
+WAITS = ("--request-timeout", "75", "--max-response-time", "75")
 """Longer than a client may ask to wait for the end of an operation."""
 
 

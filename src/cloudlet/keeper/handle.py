@@ -63,6 +63,8 @@ class Keepers:
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()
         self._watched: dict[str, _Watched] = {}
+        self._dropped: list[_Watched] = []
+        """Those that are watched no more, for the watching thread to close."""
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector.register(self._wake_reader, selectors.EVENT_READ)
         self._closed = False
@@ -178,7 +180,7 @@ class Keepers:
     def forget(self, instance_id: str) -> None:
         """Remove what a keeper that has ended left."""
         with self._lock:
-            self._watched.pop(instance_id, None)
+            self._drop(instance_id)
         self._wake()
         folders.remove(self._folder / instance_id)
 
@@ -191,7 +193,7 @@ class Keepers:
             process, line = self._nursery
             line.close()
             process.wait()
-        for watched in self._watched.values():
+        for watched in (*self._watched.values(), *self._dropped):
             watched.connection.close()
         self._selector.close()
         os.close(self._wake_reader)
@@ -244,6 +246,7 @@ class Keepers:
         connection.setblocking(False)
         with self._lock:
             # In the place of one before it, whose end was not heard yet.
+            self._drop(instance_id)
             self._watched[instance_id] = _Watched(instance_id, connection, folders.generation(folder))
         self._wake()
 
@@ -268,14 +271,21 @@ class Keepers:
                 except Exception:
                     LOG.exception("what the keeper of %s says is not understood", key.data.instance_id)
 
+    def _drop(self, instance_id: str) -> None:
+        if watched := self._watched.pop(instance_id, None):
+            self._dropped.append(watched)
+
     def _register(self) -> None:
         """Listen to those who came, and no more to those who were forgotten."""
         with self._lock:
             wanted = {id(watched): watched for watched in self._watched.values()}
+            dropped, self._dropped = self._dropped, []
         for key in list(self._selector.get_map().values()):
             if key.data and wanted.pop(id(key.data), None) is None:
                 self._selector.unregister(key.fileobj)
                 key.data.connection.close()
+        for watched in dropped:  # also those that came and went since the last time
+            watched.connection.close()
         for watched in wanted.values():
             self._selector.register(watched.connection, selectors.EVENT_READ, watched)
 

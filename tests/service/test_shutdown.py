@@ -8,10 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import requests
 
-from cloudlet.cli.manage import suspend
 from cloudlet.hypervisor.records import records
 from tests.service.conftest import DEADLINE, Caller, Made
 from tests.service.served import served, settings_file
@@ -88,10 +86,8 @@ def resumed(call: Caller, instance_id: str) -> str:
         time.sleep(0.1)
 
 
-def test_killed_before_all_were_suspended(
-    tmp_path: Path, made: Made, hashed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody serves: that is said, and the next start finds all as it was."""
+def test_nobody_serves(tmp_path: Path, made: Made, hashed: str) -> None:
+    """That is said, and the next start finds all as it was."""
     settings = settings_file(tmp_path, made, hashed)
     with served(settings) as server:
         instance = server.call.start(server.call.publish(made.overlay))
@@ -102,7 +98,3 @@ def test_killed_before_all_were_suspended(
     with served(settings) as server:
         assert server.call.instance(instance["id"])["state"] == "active"
         server.call.done(server.call.delete(f"/v1/instances/{instance['id']}"))
-
-
-def test_the_command_teaches() -> None:
-    assert "Example: cloudlet-manage suspend" in (suspend.Suspend.__doc__ or "")

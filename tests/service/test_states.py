@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -240,3 +241,20 @@ def test_bytes_that_had_their_name_and_no_row_get_one(running: Running, made: Ma
     assert site.blobs.holders(overlay.digest) == [f"overlay:{overlay_id}"]
     assert site.blobs.reap() == []
     assert call("GET", f"/v1/overlays/{overlay_id}/file").status_code == 200
+
+
+def test_a_deletion_waits_for_nobody_who_takes_long(options: Options, made: Made) -> None:
+    """All threads are taken by a save that does not end; an instance that waits behind it is deleted."""
+    with serving(replace(options, workers=1)) as running:
+        call = running.call
+        app = call.publish(made.overlay)
+        slow = call.start(app)
+        with stopped(options.machine.keepers_dir / slow["id"]):
+            saved = call.post(f"/v1/instances/{slow['id']}/overlay", {"overlay": {"name": "s"}})
+            waits = call.post("/v1/instances", {"instance": {"app_id": app["id"]}})["operation"]
+            call.done(call.delete(f"/v1/instances/{waits['resources']['instance']}"))
+            assert call.get(f"/v1/operations/{saved['operation']['id']}")["operation"]["state"] == "running"
+            assert call.ended(waits)["state"] == "cancelled"
+        call.done(saved)
+        call.done(call.delete(f"/v1/instances/{slow['id']}"))
+    nothing_runs(options.machine)

@@ -148,6 +148,16 @@ def test_every_kind_of_damage_and_forgery_is_refused(options: Options, made: Mad
         assert call.get("/v1/instances")["instances"] == []
 
 
+def test_bytes_that_come_and_go_are_counted(call: Caller, made: Made) -> None:
+    whole = made.overlay.read_bytes()
+    path = queued(call)
+    assert call("PUT", path, data=whole).status_code == 200
+    call("GET", path, headers={"Range": "bytes=0-99"})
+    figures = call("GET", "/metrics").text
+    assert f'cloudlet_transferred_bytes_total{{direction="received"}} {len(whole)}.0\n' in figures
+    assert 'cloudlet_transferred_bytes_total{direction="sent"} 100.0\n' in figures
+
+
 def test_several_uploads_at_once(call: Caller, made: Made) -> None:
     whole = made.overlay.read_bytes()
     paths = [queued(call) for _ in range(8)]

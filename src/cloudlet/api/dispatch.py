@@ -144,7 +144,7 @@ class Dispatcher:
                 f"{operation.name} {sorted(request.parameters.items())}",
                 body.model_dump_json() if body else "",
             )
-        upload = _upload(request) if "upload" in wants else None
+        upload = _upload(request, self.site.meters.received) if "upload" in wants else None
         arguments = operation.arguments(call, row, body, query, upload)
         bound = self._bound(operation, request, row)
         # The body has come: from here on a slow client keeps nobody waiting.
@@ -235,22 +235,25 @@ class _Upload:
     stream: BinaryIO
     length: int
     offset: int
+    received: Callable[[int], None]
 
     def read(self, size: int, /) -> bytes:
         try:
-            return self.stream.read(size)
+            piece = self.stream.read(size)
         except OSError:
             return b""  # it was cut off; who reads it knows how much should have come
+        self.received(len(piece))
+        return piece
 
 
-def _upload(request: Request) -> _Upload:
+def _upload(request: Request, received: Callable[[int], None]) -> _Upload:
     offset = request.headers.get("HTTP_UPLOAD_OFFSET", "0")
     if not re.fullmatch(r"[0-9]{1,15}", offset):
         raise UsageError("Upload-Offset: it is a number of bytes")
     # Of one that was cut behind its last byte nothing is left to be sent.
     if request.length is None or not (request.length or int(offset)):
         raise UsageError("Content-Length: an upload says how long it is, and is not empty")
-    return _Upload(request.stream, request.length, int(offset))
+    return _Upload(request.stream, request.length, int(offset), received)
 
 
 def _valid(read: Callable[[], BaseModel]) -> BaseModel:

@@ -58,6 +58,7 @@ def _responder(dispatcher: Dispatcher, operation: Operation) -> Responder:
     def respond(_: object, request: falcon.Request, response: falcon.Response, **parameters: str) -> None:
         length = request.content_length
         _send(
+            dispatcher,
             response,
             dispatcher.answer(
                 operation,
@@ -97,12 +98,12 @@ def _refuse(dispatcher: Dispatcher, response: falcon.Response, error: Exception)
         raise error
     if isinstance(error, falcon.HTTPError):
         error = UsageError(f"{error.title}: {error.description or 'the request is not understood'}")
-    _send(response, dispatcher.refuse(error))
+    _send(dispatcher, response, dispatcher.refuse(error))
 
 
-def _send(response: falcon.Response, answer: Response) -> None:
+def _send(dispatcher: Dispatcher, response: falcon.Response, answer: Response) -> None:
     # First, for it may be refused.
-    pieces = _Pieces(answer.stream) if answer.stream else None
+    pieces = _Pieces(answer.stream, dispatcher.site.meters.sent) if answer.stream else None
     response.status = str(answer.status)
     response.set_headers(answer.headers)
     if pieces is None or answer.stream is None:
@@ -118,13 +119,16 @@ def _send(response: falcon.Response, answer: Response) -> None:
 class _Pieces:
     """The pieces of a stream, ended when the server closes it, which it always does."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, sent: Callable[[int], None]) -> None:
         self._context: AbstractContextManager[Iterator[bytes]] = stream.pieces
         self._pieces = self._context.__enter__()
+        self._sent = sent
         self._lock = threading.Lock()
 
     def __iter__(self) -> Iterator[bytes]:
-        return self._pieces
+        for piece in self._pieces:
+            yield piece
+            self._sent(len(piece))
 
     def close(self) -> None:
         with self._lock:

@@ -8,6 +8,7 @@ and ceases to admit: who asks after that was changed is refused by every process
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -114,17 +115,12 @@ def admit_upload(
 
     :raises TooLargeError: it may not.
     """
-    lock(connection)
     overlays = tables.overlays.c
-    total = sa.func.coalesce(sa.func.sum(overlays.size), 0)
-    mine = sa.select(total).where(
-        overlays.project_id == project_id, overlays.state != FileState.REJECTED, overlays.url.is_(None)
-    )
-    taken = int(connection.execute(mine).scalar_one()) - replaces
-    if taken + size > limits.project_upload_bytes:
-        left = max(0, limits.project_upload_bytes - taken)
+    mine = (overlays.project_id == project_id, overlays.state != FileState.REJECTED, overlays.url.is_(None))
+    left = limits.project_upload_bytes - _bytes(connection, overlays.size, *mine) + replaces
+    if size > left:
         raise TooLargeError(
-            f"the project may upload {format_bytes(left)} more, not {format_bytes(size)}",
+            f"the project may upload {format_bytes(max(0, left))} more, not {format_bytes(size)}",
             hint="delete overlays that are not needed, or ask the provider for more",
         )
 
@@ -134,14 +130,18 @@ def admit_base(connection: Connection, limits: Limits, size: int, replaces: int 
 
     :raises TooLargeError: they may not.
     """
-    lock(connection)
     bases = tables.bases.c
-    total = sa.func.coalesce(sa.func.sum(bases.size), 0)
-    brought = sa.select(total).where(bases.user_id != SITE, bases.state != FileState.REJECTED)
-    taken = int(connection.execute(brought).scalar_one()) - replaces
-    if taken + size > limits.base_upload_bytes:
-        left = max(0, limits.base_upload_bytes - taken)
+    brought = (bases.user_id != SITE, bases.state != FileState.REJECTED)
+    left = limits.base_upload_bytes - _bytes(connection, bases.size, *brought) + replaces
+    if size > left:
         raise TooLargeError(
-            f"the site takes {format_bytes(left)} more of bases, not {format_bytes(size)}",
+            f"the site takes {format_bytes(max(0, left))} more of bases, not {format_bytes(size)}",
             hint="ask its operator to delete some, or to raise base_upload_mib",
         )
+
+
+def _bytes(connection: Connection, size: sa.Column[Any], *of: sa.ColumnElement[bool]) -> int:
+    """All bytes of some rows, under the lock of what is admitted."""
+    lock(connection)
+    query = sa.select(sa.func.coalesce(sa.func.sum(size), 0)).where(*of)
+    return int(connection.execute(query).scalar_one())

@@ -1,8 +1,8 @@
 """A conductor: takes operations from the job board and works on them, beside others of the same site.
 
 What it works on stays its own as long as it says so in time. If it is killed, another finds the job free, and
-the rows tell that one how far the operation was. If it was only slow, the other waits until it has ended: two
-never work on the same thing (``alone.py``).
+the rows tell that one how far the operation was. If it was only slow, the other finds the operation's subject
+locked and gives the job back: two never work on the same thing (``alone.py``).
 """
 
 from __future__ import annotations

@@ -23,8 +23,9 @@ class Meters:
             ["moment"], buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         self._bytes = Counter(
-            "cloudlet_transferred_bytes", "Bytes that came and went.", ["direction"], registry=self.registry
-        )
+            "cloudlet_transferred_bytes", "Bytes of uploads, and of downloads and streams of events.",
+            ["direction"], registry=self.registry,
+        )  # fmt: skip
 
     def step(self, operation: str, step: str, seconds: float) -> None:
         """Note how long a step of a kind of operation took."""
@@ -35,9 +36,13 @@ class Meters:
         for moment, seconds in timings.items():
             self._moments.labels(moment).observe(seconds)
 
-    def transferred(self, direction: str, count: int) -> None:
-        """Note bytes that came (``received``) or went (``sent``)."""
-        self._bytes.labels(direction).inc(count)
+    def received(self, count: int) -> None:
+        """Note bytes of an upload."""
+        self._bytes.labels("received").inc(count)
+
+    def sent(self, count: int) -> None:
+        """Note bytes of a download, or of a stream of events."""
+        self._bytes.labels("sent").inc(count)
 
     def text(self) -> str:
         """All figures, as Prometheus reads them."""

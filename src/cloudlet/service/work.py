@@ -10,6 +10,7 @@ The steps of a kind stand in ``flows.py``, how they are run in ``engine.py``.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -55,44 +56,50 @@ class Here:
             for urgent in (False, True)
         }
         self._lock = threading.Lock()
-        self._known: set[str] = set()
-        self._waiting: dict[str, list[tuple[str, bool]]] = {}
-        """By subject, those that come after the one that is worked on."""
+        self._waiting: dict[str, deque[tuple[str, bool]]] = {}
+        """By subject, in the order in which they came: ids, and whether they are urgent."""
+        self._working: dict[str, str] = {}
+        """By subject, the operation that is worked on."""
 
     def post(self, operation: Operation, *, urgent: bool) -> None:
         with self._lock:
-            if operation.id in self._known:
+            if operation.id in self._known():
                 return
-            self._known.add(operation.id)
-            if operation.subject in self._waiting:
-                self._waiting[operation.subject].append((operation.id, urgent))
-                return
-            self._waiting[operation.subject] = []
-        self._begin(operation.subject, operation.id, urgent)
+            self._waiting.setdefault(operation.subject, deque()).append((operation.id, urgent))
+        self._have_done(operation.subject, urgent=urgent)
 
     def known(self) -> set[str]:
         with self._lock:
-            return set(self._known)
+            return self._known()
 
     def close(self) -> None:
         for pool in self._pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, subject: str, operation_id: str, urgent: bool) -> None:
-        with suppress(RuntimeError):  # closed: the next process finds it in the rows
-            self._pools[urgent].submit(self._do, subject, operation_id)
+    def _known(self) -> set[str]:
+        waiting = {operation_id for ids in self._waiting.values() for operation_id, _ in ids}
+        return waiting.union(self._working.values())
 
-    def _do(self, subject: str, operation_id: str) -> None:
+    def _have_done(self, subject: str, *, urgent: bool) -> None:
+        with suppress(RuntimeError):  # closed: the next process finds it in the rows
+            self._pools[urgent].submit(self._do_next, subject)
+
+    def _do_next(self, subject: str) -> None:
+        """Do the first that waits, unless one is being done: then who does that comes here again."""
+        with self._lock:
+            if subject in self._working or subject not in self._waiting:
+                return
+            self._working[subject], _ = self._waiting[subject].popleft()
         try:
-            self._perform(operation_id)
+            # If another process is at it, it is not done now: who keeps house finds it in the rows.
+            self._perform(self._working[subject])
         finally:
             with self._lock:
-                self._known.discard(operation_id)
-                following = self._waiting[subject]
-                if not following:
-                    del self._waiting[subject]
+                del self._working[subject]
+                following = self._waiting[subject] or self._waiting.pop(subject)
+                urgent = any(urgent for _, urgent in following)
             if following:
-                self._begin(subject, *following.pop(0))
+                self._have_done(subject, urgent=urgent)
 
 
 class Work:

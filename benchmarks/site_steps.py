@@ -16,7 +16,7 @@ from cloudlet.api.identity import OPERATOR
 from cloudlet.errors import CloudletError
 from cloudlet.service.options import Listening, read_options
 from cloudlet.service.site import ServedSite
-from cloudlet.service.steps import Flow, Running, Step
+from cloudlet.service.steps import Flow, Lane, Running, Step
 from cloudlet.service.work import Work, operation
 from cloudlet.settings import Settings, read_files
 from cloudlet.store.rows import Operation, OperationState
@@ -45,7 +45,7 @@ _FLOWS = {_KIND: Flow((_First, _Second))}
 class _Later:
     """A queue of which nothing is taken: operations are done when they are to be measured."""
 
-    def post(self, operation: Operation, *, urgent: bool) -> None:
+    def post(self, operation: Operation, lane: Lane) -> None:
         """Nothing."""
 
     def known(self) -> set[str]:

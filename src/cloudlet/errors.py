@@ -79,6 +79,15 @@ class ConflictError(CloudletError):
     exit_code = ExitCode.CONFLICT
 
 
+class UnconfirmedError(ConflictError):
+    """A key is shown that nobody has confirmed yet: a person has to compare its fingerprint."""
+
+    def __init__(self, message: str, *, fingerprint: str = "", hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.fingerprint = fingerprint
+        """Of the key, as hexadecimal digits."""
+
+
 class CapacityError(CloudletError):
     """There is no room for it: memory, disk, descriptors."""
 

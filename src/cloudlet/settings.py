@@ -92,6 +92,12 @@ API_OPTIONS = (
         help="The address of this machine on which the ports of instances are published. Default: the host "
         "of listen, else 127.0.0.1.",
     ),
+    cfg.StrOpt(
+        "public_url",
+        help="Where users reach this API: it is what is told to those whose instance has come here from "
+        "another site. Default: where it listens, unless that is a Unix socket; where it listens on every "
+        "address, at the host of [peers] url.",
+    ),
     cfg.StrOpt("tls_certificate", help="A PEM file: serve TLS with this certificate."),
     cfg.StrOpt("tls_key", help="The certificate's key, a PEM file."),
     cfg.StrOpt("policy_file", help="A file of oslo.policy that changes who may do what."),
@@ -199,6 +205,44 @@ WEBHOOK_OPTIONS = (
     ),
     cfg.IntOpt("attempts", default=12, min=1, help="How often a push is tried before it is given up."),
 )
+PEER_OPTIONS = (
+    cfg.StrOpt(
+        "listen",
+        help="HOST:PORT where other cloudlets reach this one, and nobody else: TLS with a certificate of the "
+        "site's own key. Default: nowhere; this site then has no peers that call it.",
+    ),
+    cfg.StrOpt(
+        "url",
+        help="The https:// URL that peers are told. Default: that of listen. Where it leads to another TLS "
+        "server, which passes on what begins with /v1/peer, tls_certificate is the one that server shows.",
+    ),
+    cfg.StrOpt(
+        "tls_certificate",
+        help="A PEM file: the certificate that another TLS server shows at url. It is read again whenever a "
+        "peer asks. Default: the site's own.",
+    ),
+    cfg.FloatOpt(
+        "patience_seconds",
+        default=600.0,
+        min=1.0,
+        mutable=True,
+        help="How long a hand-off waits for a peer that is silent, before anything is decided.",
+    ),
+    cfg.FloatOpt(
+        "grace_seconds",
+        default=60.0,
+        min=0.0,
+        mutable=True,
+        help="How long connections to an instance that has left are forwarded to where it is.",
+    ),
+    cfg.IntOpt(
+        "bandwidth_mbit",
+        default=0,
+        min=0,
+        mutable=True,
+        help="The rate at which a hand-off sends, megabits per second; 0: no limit.",
+    ),
+)
 GROUPS: dict[str, tuple[cfg.Opt, ...]] = {
     "DEFAULT": OPTIONS,
     "database": DATABASE_OPTIONS,
@@ -207,6 +251,7 @@ GROUPS: dict[str, tuple[cfg.Opt, ...]] = {
     "leases": LEASE_OPTIONS,
     "work": WORK_OPTIONS,
     "webhooks": WEBHOOK_OPTIONS,
+    "peers": PEER_OPTIONS,
 }
 
 

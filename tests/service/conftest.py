@@ -15,8 +15,7 @@ import pytest
 import requests
 
 from cloudlet.api.identity import OPERATOR, User, hash_of, write_users
-from cloudlet.api.server import Server
-from cloudlet.api.service import build
+from cloudlet.api.service import build, server_of
 from cloudlet.control.bases import BaseRequest, import_image
 from cloudlet.control.publishing import create_overlay
 from cloudlet.control.site import Site
@@ -205,7 +204,7 @@ def serving(options: Options, observe: Observer = lambda *_: None) -> Iterator[R
     """Serve a site until the context is left; its machines go on."""
     site = ServedSite.open(options, observe)
     try:
-        server = Server(site.options, build(site))
+        server = server_of(site.options, build(site))
         thread = threading.Thread(target=server.serve)
         thread.start()
         try:

@@ -96,6 +96,11 @@ def prestage(call: Caller, made: Made, options: Options) -> None:
     call.done(call.post(f"/v1/apps/{call.publish(made.overlay)['id']}/prestage"))
 
 
+def drain(call: Caller, made: Made, options: Options) -> None:
+    call.start(call.publish(made.overlay))
+    call.done(call.post("/v1/cloudlets/self/drain", {"drain": {}}))
+
+
 SCENARIOS: dict[str, Scenario] = {
     "instance.create": create,
     "instance.restart": restart,
@@ -104,6 +109,7 @@ SCENARIOS: dict[str, Scenario] = {
     "instance.suspend": suspend,
     "instance.resume": resume,
     "app.prestage": prestage,
+    "cloudlet.drain": drain,
 }
 """How each kind of operation comes about; ``base.import`` has a test of its own."""
 

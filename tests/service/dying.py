@@ -12,8 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from cloudlet.api.server import Server
-from cloudlet.api.service import build
+from cloudlet.api.service import build, server_of
 from cloudlet.service.site import ServedSite
 from tests.service.conftest import Made, options_in
 
@@ -28,7 +27,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     site = ServedSite.open(options_in(Path(folder), where, hashed), observe)
-    server = Server(site.options, build(site))
+    server = server_of(site.options, build(site))
     print(server.where, flush=True)
     server.serve()
 

@@ -89,7 +89,7 @@ def test_nothing_is_done_for_who_has_gone_but_the_end(tmp_path: Path) -> None:
         done.append(message["do"])
         return {}
 
-    Control(tmp_path, {"save": save, "pause": note, "resume": note, "end": note})
+    Control(tmp_path, {"save": save, "pause": note, "resume": note}, {"end": note})
     with asked(tmp_path, "save") as saving:
         assert begun.wait(10)
         with asked(tmp_path, "pause"), asked(tmp_path, "end"):

@@ -12,14 +12,15 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from typing import Any, BinaryIO
 
 from oslo_log import log
 from pydantic import BaseModel, ValidationError
 
 from cloudlet.api import conditions, faults, microversion
-from cloudlet.api.faults import NotAcceptableError, RangeError, UnauthenticatedError
-from cloudlet.api.identity import NOBODY, Identity, Strategy
+from cloudlet.api.faults import ClockError, NotAcceptableError, RangeError, UnauthenticatedError
+from cloudlet.api.identity import NOBODY, Identity, Strategy, identify_peer, refuse_peer
 from cloudlet.api.microversion import Version
 from cloudlet.api.operation import Answer, Call, Desk, Operation, Slots, Stream, Text
 from cloudlet.api.policy import Policy
@@ -27,6 +28,8 @@ from cloudlet.errors import CloudletError, NotFoundError, TooLargeError, UsageEr
 from cloudlet.service.site import ServedSite
 from cloudlet.store.database import Condition
 from cloudlet.store.retries import Retry
+from cloudlet.store.rows import Peer
+from cloudlet.transfer.peer import SCHEME
 
 LOG = log.getLogger(__name__)
 REQUEST_ID = "X-Openstack-Request-Id"
@@ -95,7 +98,8 @@ class Dispatcher:
             response = self._answer(operation, request, request_id, version)
             response.headers[microversion.HEADER] = f"{microversion.SERVICE_TYPE} {version}"
         except Exception as error:
-            response = self.fault(error, operation.noun, request_id)
+            challenge = SCHEME if operation.for_peers else self.strategy.challenge
+            response = self.fault(error, operation.noun, request_id, challenge)
         response.headers["Vary"] = microversion.HEADER
         response.headers[REQUEST_ID] = request_id
         seconds = time.perf_counter() - began
@@ -110,8 +114,11 @@ class Dispatcher:
         response.headers[REQUEST_ID] = request_id
         return response
 
-    def fault(self, error: Exception, noun: str, request_id: str) -> Response:
-        """The answer that an error is."""
+    def fault(self, error: Exception, noun: str, request_id: str, challenge: str = "") -> Response:
+        """The answer that an error is.
+
+        :param challenge: how callers show who they are.
+        """
         if isinstance(error, (OSError, MemoryError)):
             error = of_the_system(error)
         fault = faults.fault_of(error)
@@ -122,15 +129,18 @@ class Dispatcher:
             headers["Content-Range"] = f"bytes */{error.size}"
         if fault.retry_after is not None:
             headers["Retry-After"] = str(fault.retry_after)
-        if isinstance(error, UnauthenticatedError) and self.strategy.challenge:
-            headers["WWW-Authenticate"] = self.strategy.challenge
+        if isinstance(error, UnauthenticatedError) and challenge:
+            headers["WWW-Authenticate"] = challenge
+        if isinstance(error, ClockError):
+            headers["Date"] = formatdate(usegmt=True)
         return Response(fault.status, headers, json.dumps(faults.body(error, noun, request_id)).encode())
 
     def _answer(self, operation: Operation, request: Request, request_id: str, version: Version) -> Response:
         if not operation.since <= version <= (operation.until or version):
             raise NotAcceptableError(f"{operation.name} is not in version {version}")
-        who = NOBODY if operation.public else self.strategy.identify(request.headers)
+        who, peer = self._who(operation, request)
         call = self._call(request, request_id, version, who)
+        call.peer = peer
         row = self._row(operation, request)
         if not operation.public:
             self.policy.enforce(operation, who, row, rows=operation.rows)
@@ -154,6 +164,15 @@ class Dispatcher:
         if operation.tagged and operation.method == "GET":
             response.headers["ETag"] = conditions.tag_of(row)
         return response
+
+    def _who(self, operation: Operation, request: Request) -> tuple[Identity, Peer | None]:
+        """Who calls: for what is peers' another cloudlet and nobody else, for all else none of them."""
+        if operation.for_peers:
+            return identify_peer(request.headers, self.site.peers)
+        if operation.public:
+            return NOBODY, None
+        refuse_peer(request.headers)
+        return self.strategy.identify(request.headers), None
 
     def _call(self, request: Request, request_id: str, version: Version, who: Identity) -> Call:
         return Call(

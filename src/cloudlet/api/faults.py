@@ -16,6 +16,10 @@ class UnauthenticatedError(RefusedError):
     usual_hint = "send credentials"
 
 
+class ClockError(UnauthenticatedError):
+    """The token of another cloudlet is of a time that is not this site's; ``Date`` says which that is."""
+
+
 class NotAcceptableError(UsageError):
     """The version or the form that is asked for is not there."""
 
@@ -62,6 +66,7 @@ class Fault:
 
 FAULTS: Mapping[type[CloudletError], Fault] = {
     UnauthenticatedError: Fault(401, "unauthenticated", "Not authenticated"),
+    ClockError: Fault(401, "clock", "The clocks differ"),
     NotAcceptableError: Fault(406, "not_acceptable", "No such version"),
     BusyError: Fault(503, "busy", "Too many at once", 5),
     errors.ImpossibleError: Fault(422, "impossible", "It cannot be so"),
@@ -78,6 +83,7 @@ FAULTS: Mapping[type[CloudletError], Fault] = {
     errors.SignatureError: Fault(422, "signature", "Not signed by a trusted key"),
     errors.MismatchError: Fault(422, "mismatch", "Made for another base or machine"),
     errors.IntegrityError: Fault(422, "integrity", "Bytes are not what they claim to be"),
+    errors.UnconfirmedError: Fault(409, "unconfirmed", "Nobody has confirmed the key"),
     errors.UnreachableError: Fault(422, "unreachable", "It does not answer"),
     errors.UsageError: Fault(400, "invalid", "The request is wrong"),
     errors.NotFoundError: Fault(404, "not_found", "It is not here"),
@@ -106,15 +112,14 @@ def body(error: Exception, noun: str, request_id: str) -> dict[str, Any]:
     """The body of an answer that is an error."""
     fault = fault_of(error)
     known = isinstance(error, CloudletError)
-    return {
-        "errors": [
-            {
-                "request_id": request_id,
-                "code": f"cloudlet.{noun}.{fault.reason}",
-                "status": fault.status,
-                "title": fault.title,
-                "detail": str(error) if known else "this is a defect: please report it with the request's id",
-                "links": [],
-            }
-        ]
+    described = {
+        "request_id": request_id,
+        "code": f"cloudlet.{noun}.{fault.reason}",
+        "status": fault.status,
+        "title": fault.title,
+        "detail": str(error) if known else "this is a defect: please report it with the request's id",
+        "links": [],
     }
+    if isinstance(error, errors.UnconfirmedError):
+        described["fingerprint"] = error.fingerprint
+    return {"errors": [described]}

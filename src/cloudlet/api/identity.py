@@ -2,6 +2,8 @@
 
 ``noauth``: whoever may open the site's Unix socket is its operator. ``http_basic``: a file of users with
 bcrypt hashes, projects and roles. ``keystone``: keystonemiddleware has verified a token before.
+
+Beside each of them other cloudlets show a token of their own key, for the operations that are theirs.
 """
 
 from __future__ import annotations
@@ -21,8 +23,12 @@ from typing import Protocol
 
 import bcrypt
 
-from cloudlet.api.faults import BusyError, UnauthenticatedError
-from cloudlet.errors import FailedError, UsageError
+from cloudlet.api.faults import BusyError, ClockError, UnauthenticatedError
+from cloudlet.errors import FailedError, RefusedError, UsageError
+from cloudlet.service.peers import Peers
+from cloudlet.store.rows import Peer
+from cloudlet.store.tokens import TokenError, TokenTimeError
+from cloudlet.transfer.peer import SCHEME
 
 DEFAULT_PROJECT = "default"
 UNAVAILABLE = "cloudlet.unavailable"
@@ -95,6 +101,38 @@ class Keystone:
         return Identity(
             headers.get("HTTP_X_USER_ID", ""), project, frozenset(role.strip().lower() for role in roles)
         )
+
+
+def identify_peer(headers: Mapping[str, str], peers: Peers) -> tuple[Identity, Peer]:
+    """Which of the site's peers sent a request with these headers.
+
+    :raises ClockError: its clock is another one.
+    :raises UnauthenticatedError: they do not show it.
+    """
+    if not from_a_peer(headers):
+        raise UnauthenticatedError("only other cloudlets call this", hint="they show a token of their key")
+    token = headers["HTTP_AUTHORIZATION"].partition(" ")[2].strip()
+    try:
+        peer = peers.authenticate(token, headers["REQUEST_METHOD"], headers["PATH_INFO"])
+    except TokenTimeError as error:
+        raise ClockError(error.message, hint=error.hint) from error
+    except TokenError as error:
+        raise UnauthenticatedError(error.message, hint=error.hint) from error
+    return Identity(f"peer:{peer.id}", "", frozenset({"peer"})), peer
+
+
+def refuse_peer(headers: Mapping[str, str]) -> None:
+    """That a request is not one that shows a peer's token: it would be for nothing here.
+
+    :raises RefusedError: it does.
+    """
+    if from_a_peer(headers):
+        raise RefusedError("another cloudlet may not do this", hint="what peers may do is below /v1/peer")
+
+
+def from_a_peer(headers: Mapping[str, str]) -> bool:
+    """Whether a request shows a peer's token, or what is meant to be one."""
+    return headers.get("HTTP_AUTHORIZATION", "").partition(" ")[0].lower() == SCHEME.lower()
 
 
 @dataclass(frozen=True, slots=True)

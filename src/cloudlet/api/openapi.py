@@ -15,6 +15,7 @@ from cloudlet.api import faults, microversion
 from cloudlet.api.operation import Operation
 from cloudlet.api.schemas.common import ListQuery
 from cloudlet.api.schemas.operations import OperationBody
+from cloudlet.transfer.peer import SCHEME
 
 _REFERENCE = "#/components/schemas/{model}"
 _ALWAYS = (400, 406, 500, 503)
@@ -47,6 +48,7 @@ def document(table: Iterable[Operation]) -> dict[str, Any]:
             "securitySchemes": {
                 "basic": {"type": "http", "scheme": "basic"},
                 "keystone": {"type": "apiKey", "in": "header", "name": "X-Auth-Token"},
+                "peer": {"type": "http", "scheme": SCHEME},
             },
         },
         "security": [{"basic": []}, {"keystone": []}],
@@ -73,6 +75,8 @@ def _operation(operation: Operation) -> dict[str, Any]:
         described["description"] = operation.description
     if operation.public:
         described["security"] = []
+    elif operation.for_peers:
+        described["security"] = [{"peer": []}]
     if body := operation.wants.get("body"):
         schema = {"$ref": _REFERENCE.format(model=body.__name__)}
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
@@ -201,6 +205,7 @@ _ERRORS: dict[str, Any] = {
                     "title": _TEXT,
                     "detail": _TEXT,
                     "links": {"type": "array"},
+                    "fingerprint": {**_TEXT, "description": "of a key that nobody has confirmed"},
                 },
             },
         }

@@ -22,11 +22,13 @@ from sqlalchemy.engine import Connection
 from cloudlet.api.faults import BusyError
 from cloudlet.api.identity import Identity
 from cloudlet.api.microversion import MIN, Version
+from cloudlet.api.policy import PEER
 from cloudlet.errors import NotFoundError
 from cloudlet.service.site import ServedSite
 from cloudlet.store import retries
 from cloudlet.store.retries import Retry
-from cloudlet.store.rows import OPERATIONS, Row, Rows
+from cloudlet.store.rows import OPERATIONS, Peer, Row, Rows
+from cloudlet.transfer.peer import DESCRIPTION_PATH
 
 R = TypeVar("R", bound=Row)
 
@@ -144,6 +146,8 @@ class Call:
     """Whether the caller may do what a rule is for, with a row."""
     headers: Mapping[str, str] = field(default_factory=dict)
     retry: Retry | None = None
+    peer: Peer | None = None
+    """Who calls, where that is another cloudlet."""
 
     def again(self, rows: Rows[R]) -> R | None:
         """What an earlier request with the same ``Idempotency-Key`` made; None if that is not there.
@@ -263,6 +267,16 @@ class Operation:
         Not so for operations, which one waits for.
         """
         return self.rows not in (None, OPERATIONS) and self.path.endswith("}")
+
+    @property
+    def for_peers(self) -> bool:
+        """Whether other cloudlets call it, and nobody else."""
+        return self.check == PEER
+
+    @property
+    def at_peers_door(self) -> bool:
+        """Whether it is also there where only other cloudlets are served."""
+        return f"{self.path}/".startswith(f"{DESCRIPTION_PATH}/")
 
     @cached_property
     def wants(self) -> Mapping[str, Any]:

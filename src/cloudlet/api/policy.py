@@ -1,4 +1,4 @@
-"""Who may do what: oslo.policy, with a rule for each operation of the table and five personas.
+"""Who may do what: oslo.policy, with a rule for each operation of the table and six personas.
 
 What one may not see is not there (404); what one may see but not do is refused (403). So each noun has a rule
 for seeing, and each operation one for doing.
@@ -19,7 +19,7 @@ from cloudlet.api.identity import Identity
 from cloudlet.errors import NotFoundError, RefusedError, UsageError
 
 ADMIN, PUBLISHER, MEMBER, READER = "rule:admin", "rule:publisher", "rule:member", "rule:reader"
-OWNER, VISIBLE, ANYBODY = "rule:owner", "rule:visible", "rule:anybody"
+OWNER, VISIBLE, ANYBODY, PEER = "rule:owner", "rule:visible", "rule:anybody", "rule:peer"
 
 PERSONAS = (
     RuleDefault("admin", "role:admin", "The provider's operator: everything."),
@@ -38,7 +38,15 @@ PERSONAS = (
         "role:reader and not role:member and project_id:%(project_id)s",
         "Who may only look sees all of the project. (Keystone gives every member the role reader too.)",
     ),
-    RuleDefault("visible", "rule:admin or rule:mine or rule:auditor or 'True':%(public)s", "Who may see it."),
+    RuleDefault(
+        "peer", "role:peer", "Another cloudlet, which shows a token of its key: nobody has this role."
+    ),
+    RuleDefault("peers", "rule:peer and user_id:peer:%(peer_id)s", "The cloudlet with which it is shared."),
+    RuleDefault(
+        "visible",
+        "rule:admin or rule:mine or rule:auditor or rule:peers or 'True':%(public)s",
+        "Who may see it.",
+    ),
 )
 USUAL_FILE = Path("/etc/cloudlet/policy.yaml")
 _LOOK_SECONDS = 1.0
@@ -144,5 +152,10 @@ def rules(operations: Iterable[Ruled]) -> list[DocumentedRuleDefault]:
 
 def _target(row: Any, who: Identity) -> dict[str, object]:
     if row is None:  # something new, which will be the caller's
-        return {"user_id": who.user_id, "project_id": who.project_id, "public": False}
-    return {"user_id": row.user_id, "project_id": row.project_id, "public": getattr(row, "public", False)}
+        return {"user_id": who.user_id, "project_id": who.project_id, "public": False, "peer_id": ""}
+    return {
+        "user_id": row.user_id,
+        "project_id": row.project_id,
+        "public": getattr(row, "public", False),
+        "peer_id": getattr(row, "peer_id", None) or "",
+    }

@@ -22,6 +22,11 @@ REMEDIES: Mapping[str, Remedy] = {
         "`cloudlet-manage user list` shows who is known. With Keystone: is the token for a project, and can"
         " the site reach Keystone?",
     ),
+    "clock": Remedy(
+        "It is what cloudlets say to each other: the caller corrects its tokens by the `Date` of the answer, "
+        "and calls again.",
+        "If hand-offs work, nothing. Have both machines' clocks set (`timedatectl`) all the same.",
+    ),
     "refused": Remedy(
         "You are known, but may not do this: ask the operator for the role.",
         "The rule that decides is in `docs/reference/policy.md`; `cloudlet-manage user set NAME --role "
@@ -50,6 +55,10 @@ REMEDIES: Mapping[str, Remedy] = {
     "conflict": Remedy(
         "It cannot be done in the present state, which the detail names: look at it again, wait for the "
         "operation that runs (`cloudlet operation list --state running`), or delete what is in the way.",
+    ),
+    "unconfirmed": Remedy(
+        "Compare the fingerprint that the detail shows with what the other site's operator says, and send it "
+        "along: `cloudlet peer add URL --fingerprint FINGERPRINT`. Nothing was trusted yet.",
     ),
     "changed": Remedy("Somebody has changed it since: get it again, and look whether you still want this."),
     "too_large": Remedy(

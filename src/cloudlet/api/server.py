@@ -30,9 +30,8 @@ from cheroot.workers.threadpool import ThreadPool
 from cheroot.wsgi import Server as CherootServer
 from oslo_log import log
 
-from cloudlet.api.tls import context_of
 from cloudlet.errors import ConflictError, RefusedError
-from cloudlet.service.options import Options
+from cloudlet.service.options import Listening
 
 LOG = log.getLogger(__name__)
 _HEADER_BYTES = 64 << 10
@@ -167,25 +166,41 @@ class Server(CherootServer):
 
     ConnectionClass = _Connection
 
-    def __init__(self, options: Options, app: WSGIApplication) -> None:
-        listening = options.listening
+    def __init__(
+        self,
+        listening: Listening,
+        app: WSGIApplication,
+        *,
+        threads: int,
+        busy: int,
+        tls: ssl.SSLContext | None = None,
+        shared: bool = False,
+    ) -> None:
+        """Listen; nobody is served yet.
+
+        :param threads: how many requests are worked on at a time.
+        :param busy: how many more may wait, or transfer.
+        :param tls: what to speak TLS with.
+        :param shared: whether other processes listen at the same place, each for some of the clients.
+        :raises ConflictError: that is not possible there.
+        """
         address: Any = str(listening.path) if listening.path else (listening.host, listening.port)
         super().__init__(
-            address, app, numthreads=options.threads, server_name="cloudlet", timeout=_SILENT_SECONDS,
-            request_queue_size=256, shutdown_timeout=2,
+            address, app, numthreads=threads, server_name="cloudlet", timeout=_SILENT_SECONDS,
+            request_queue_size=256, shutdown_timeout=2, reuse_port=shared,
         )  # fmt: skip
         self.software = "cloudlet"
         self.max_request_header_size = _HEADER_BYTES
-        most = options.threads + options.waiters + options.transfers + _SPARE
-        self.requests = _Threads(self, options.threads, most)
+        most = threads + busy + _SPARE
+        self.requests = _Threads(self, threads, most)
         self.keep_alive_conn_limit = most
-        if options.tls:
-            self.ssl_adapter = _Encrypted(context_of(*options.tls))
+        if tls:
+            self.ssl_adapter = _Encrypted(tls)
         try:
             self.prepare()
         except OSError as error:
             raise ConflictError(
-                f"cannot listen at {_shown(address)}: {error}", hint="name another with --listen"
+                f"cannot listen at {_shown(address)}: {error}", hint="name another"
             ) from error
 
     @property
@@ -197,13 +212,10 @@ class Server(CherootServer):
         scheme = "https" if self.ssl_adapter else "http"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
-    def renew(self, options: Options) -> None:
-        """Show the certificate that the files have now to whoever connects from now on.
-
-        :raises UsageError: they cannot be used; the one before stays.
-        """
-        if options.tls and self.ssl_adapter:
-            self.ssl_adapter.context = context_of(*options.tls)
+    def renew(self, tls: ssl.SSLContext) -> None:
+        """Show another certificate to whoever connects from now on."""
+        if self.ssl_adapter:
+            self.ssl_adapter.context = tls
 
     def prepare(self) -> None:
         super().prepare()

@@ -1,8 +1,10 @@
-"""The API of a site, put together: table, policy, identity, figures, as a WSGI application."""
+"""The API of a site, put together: table, policy, identity, figures, as applications and their servers."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 from wsgiref.types import WSGIApplication
 
 from cloudlet.api import openapi
@@ -11,18 +13,38 @@ from cloudlet.api.figures import Figures
 from cloudlet.api.identity import HttpBasic, Keystone, NoAuth, Strategy
 from cloudlet.api.operation import Desk, Slots
 from cloudlet.api.policy import Policy
-from cloudlet.api.table import TABLE
+from cloudlet.api.server import Server
+from cloudlet.api.table import PEERS_TABLE, TABLE
+from cloudlet.api.tls import context_of, own_context
 from cloudlet.api.wsgi import application
 from cloudlet.errors import UsageError
-from cloudlet.service.options import Options
+from cloudlet.service.options import EVERY_ADDRESS, Options
 from cloudlet.service.site import ServedSite
 
 if TYPE_CHECKING:
     from cloudlet.api.keystone import Tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Applications:
+    """What a site serves. Who is served by one of them has a place among those of both."""
+
+    everybody: WSGIApplication
+    """All operations."""
+    peers: WSGIApplication
+    """Those of other cloudlets alone, whatever else lets callers in: where only they should come."""
+
+
 def build(site: ServedSite) -> WSGIApplication:
     """The application that serves a site.
+
+    :raises UsageError: the settings ask for what cannot be.
+    """
+    return applications(site).everybody
+
+
+def applications(site: ServedSite) -> Applications:
+    """The applications that serve a site.
 
     :raises UsageError: the settings ask for what cannot be.
     """
@@ -43,11 +65,61 @@ def build(site: ServedSite) -> WSGIApplication:
         document=lambda: openapi.text(TABLE),
         figures=figures.text,
     )
-    app = application(dispatcher, TABLE)
-    if not tokens:
-        return app
-    closed = {operation.path for operation in TABLE if not operation.public}
-    return tokens.around(app, {operation.path for operation in TABLE} - closed)
+    app, for_peers = application(dispatcher, TABLE), application(dispatcher, PEERS_TABLE)
+    if tokens:
+        closed = {operation.path for operation in TABLE if not (operation.public or operation.for_peers)}
+        app = tokens.around(app, {operation.path for operation in TABLE} - closed)
+    return Applications(app, for_peers)
+
+
+def server_of(options: Options, app: WSGIApplication) -> Server:
+    """The server of everybody, where the settings say.
+
+    :raises UsageError: its certificate cannot be used.
+    :raises ConflictError: that is not possible there.
+    """
+    busy = options.waiters + options.transfers
+    tls = context_of(*options.tls) if options.tls else None
+    return Server(options.listening, app, threads=options.threads, busy=busy, tls=tls)
+
+
+def peers_server_of(site: ServedSite, app: WSGIApplication) -> Server | None:
+    """The server of other cloudlets, where the settings say; None: nowhere.
+
+    Peers are told where it listens, if they are told nothing else.
+
+    :raises ConflictError: that is not possible there.
+    """
+    options = site.options
+    if not options.peers.listening:
+        return None
+    signer = site.machine.keys.signer()
+    server = Server(
+        options.peers.listening,
+        app,
+        threads=options.threads,
+        busy=options.waiters + options.transfers,
+        tls=own_context(signer, site.id, options.machine.state_dir / "peers.pem"),
+        shared=bool(options.job_board),
+    )
+    site.peers.url = site.peers.url or server.where
+    return server
+
+
+def tell_url(site: ServedSite, server: Server) -> None:
+    """Have a site know where users reach its API by where that listens, if the settings do not say it.
+
+    Of a server that listens on every address the host is the one by which peers reach the site. Nobody else
+    than who is on this machine reaches a Unix socket: then it is not known.
+    """
+    where = urlsplit(server.where)
+    if site.api_url or not where.port:
+        return
+    host = where.hostname or ""
+    if host in EVERY_ADDRESS:
+        host = urlsplit(site.peers.url).hostname or ""
+    if host:
+        site.api_url = f"{where.scheme}://{f'[{host}]' if ':' in host else host}:{where.port}"
 
 
 def tokens_of(options: Options) -> Tokens | None:

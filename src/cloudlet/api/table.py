@@ -4,10 +4,33 @@ from __future__ import annotations
 
 from oslo_policy.policy import RuleDefault
 
-from cloudlet.api.handlers import apps, bases, events, instances, operations, overlays, site, webhooks
+from cloudlet.api.handlers import (
+    apps,
+    bases,
+    events,
+    handoffs,
+    instances,
+    operations,
+    overlays,
+    peer,
+    peers,
+    site,
+    webhooks,
+)
 from cloudlet.api.operation import Operation
-from cloudlet.api.policy import ADMIN, ANYBODY, MEMBER, OWNER, PERSONAS, PUBLISHER, READER, VISIBLE, rules
-from cloudlet.store.rows import APPS, BASES, INSTANCES, OPERATIONS, OVERLAYS, WEBHOOKS
+from cloudlet.api.policy import (
+    ADMIN,
+    ANYBODY,
+    MEMBER,
+    OWNER,
+    PEER,
+    PERSONAS,
+    PUBLISHER,
+    READER,
+    VISIBLE,
+    rules,
+)
+from cloudlet.store.rows import APPS, BASES, HANDOFFS, INSTANCES, OPERATIONS, OVERLAYS, PEERS, WEBHOOKS
 
 _BYTES, _TEXT = "application/octet-stream", "text/plain"
 
@@ -21,6 +44,7 @@ TABLE: tuple[Operation, ...] = (
     Operation("GET",    "/metrics",                           site.metrics,           ANYBODY, public=True, media=_TEXT),
     Operation("GET",    "/v1/cloudlets/self",                 site.show,              READER),
     Operation("PATCH",  "/v1/cloudlets/self",                 site.update,            ADMIN),
+    Operation("POST",   "/v1/cloudlets/self/drain",           site.drain,             ADMIN,   status=202),
 
     Operation("GET",    "/v1/bases",                          bases.list,             READER),
     Operation("POST",   "/v1/bases",                          bases.create,           PUBLISHER, status=201, statuses=(202,)),
@@ -66,8 +90,31 @@ TABLE: tuple[Operation, ...] = (
     Operation("POST",   "/v1/webhooks",                       webhooks.create,        PUBLISHER, status=201),
     Operation("GET",    "/v1/webhooks/{webhook_id}",          webhooks.show,          OWNER,   WEBHOOKS),
     Operation("DELETE", "/v1/webhooks/{webhook_id}",          webhooks.delete,        OWNER,   WEBHOOKS, status=204),
+
+    Operation("GET",    "/v1/handoffs",                       handoffs.list,          READER),
+    Operation("POST",   "/v1/handoffs",                       handoffs.create,        MEMBER,  status=202),
+    Operation("GET",    "/v1/handoffs/{handoff_id}",          handoffs.show,          VISIBLE, HANDOFFS),
+    Operation("DELETE", "/v1/handoffs/{handoff_id}",          handoffs.cancel,        OWNER,   HANDOFFS, status=202),
+    Operation("POST",   "/v1/handoffs/{handoff_id}/resolve",  handoffs.resolve,       ADMIN,   HANDOFFS, statuses=(202,)),
+
+    Operation("GET",    "/v1/peers",                          peers.list,             ADMIN),
+    Operation("POST",   "/v1/peers",                          peers.create,           ADMIN,   status=201),
+    Operation("GET",    "/v1/peers/{peer_id}",                peers.show,             ADMIN,   PEERS),
+    Operation("PATCH",  "/v1/peers/{peer_id}",                peers.update,           ADMIN,   PEERS),
+    Operation("DELETE", "/v1/peers/{peer_id}",                peers.delete,           ADMIN,   PEERS, status=204),
+    Operation("POST",   "/v1/peers/{peer_id}/refresh",        peers.refresh,          ADMIN,   PEERS),
+
+    Operation("GET",    "/v1/peer",                           peer.description,       ANYBODY, public=True),
+    Operation("GET",    "/v1/peer/capabilities",              peer.capabilities,      PEER),
+    Operation("POST",   "/v1/peer/handoffs",                  peer.offer,             PEER,    status=202),
+    Operation("GET",    "/v1/peer/handoffs/{handoff_id}",     peer.state,             PEER,    HANDOFFS),
+    Operation("DELETE", "/v1/peer/handoffs/{handoff_id}",     peer.drop,              PEER,    HANDOFFS),
+    Operation("PUT",    "/v1/peer/handoffs/{handoff_id}/records", peer.records,       PEER,    HANDOFFS),
+    Operation("POST",   "/v1/peer/handoffs/{handoff_id}/commit", peer.commit,         PEER,    HANDOFFS),
 )
 # fmt: on
+PEERS_TABLE = tuple(operation for operation in TABLE if operation.at_peers_door)
+"""What is served where only other cloudlets come."""
 
 
 def list_rules() -> list[RuleDefault]:

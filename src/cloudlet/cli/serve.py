@@ -8,13 +8,15 @@ import resource
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 
 from oslo_log import log
 
 from cloudlet.api import identity
 from cloudlet.api.server import Server
-from cloudlet.api.service import build
+from cloudlet.api.service import applications, peers_server_of, server_of, tell_url
+from cloudlet.api.tls import context_of
 from cloudlet.cli import logs
 from cloudlet.cli.command import CloudletCommand
 from cloudlet.cli.exclusive import only_server
@@ -55,10 +57,15 @@ class Serve(CloudletCommand):
                 print(f"user {first[0]}, password {first[1]} (told only now)", flush=True)
             site = ServedSite.open(options)
             try:
-                server = Server(options, build(site))
-                self._hear(server, site, parsed_args.listen)
-                self.app.say(f"serving at {server.where}; Ctrl-C ends it, instances go on")
-                server.serve()
+                apps = applications(site)
+                servers = [server_of(options, apps.everybody)]
+                if for_peers := peers_server_of(site, apps.peers):
+                    servers.append(for_peers)
+                    self.app.say(f"peers reach it at {site.peers.url}")
+                tell_url(site, servers[0])
+                self._hear(servers, site, parsed_args.listen)
+                self.app.say(f"serving at {servers[0].where}; Ctrl-C ends it, instances go on")
+                _serve(servers)
             finally:
                 site.close()
                 sys.stdout.flush()
@@ -68,17 +75,18 @@ class Serve(CloudletCommand):
     def _options(self, listen: str | None) -> Options:
         return read_options(read_files(self.app.options.config_file), self.app.settings, listen)
 
-    def _hear(self, server: Server, site: ServedSite, listen: str | None) -> None:
+    def _hear(self, servers: Sequence[Server], site: ServedSite, listen: str | None) -> None:
         def stop() -> None:
             site.news.close()
-            server.stop()
+            for server in servers:
+                server.stop()
 
         def end(*_: object) -> None:
             # Not here: the thread that serves may hold a lock that stopping needs.
             threading.Thread(target=stop, name="stop").start()
 
         def reload(*_: object) -> None:
-            threading.Thread(target=self._reload, args=(server, site, listen), name="reload").start()
+            threading.Thread(target=self._reload, args=(servers[0], site, listen), name="reload").start()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, end)
@@ -87,11 +95,23 @@ class Serve(CloudletCommand):
     def _reload(self, server: Server, site: ServedSite, listen: str | None) -> None:
         try:
             options = self._options(listen)
-            server.renew(options)
+            if options.tls:
+                server.renew(context_of(*options.tls))
             site.reload(options)
             LOG.info("limits, leases and the certificate were read again")
         except CloudletError as error:
             LOG.error("the settings stay as they were: %s", error)
+
+
+def _serve(servers: Sequence[Server]) -> None:
+    """Serve until all are stopped."""
+    first, *others = servers
+    threads = [threading.Thread(target=server.serve, name="peers") for server in others]
+    for thread in threads:
+        thread.start()
+    first.serve()
+    for thread in threads:
+        thread.join()
 
 
 def _raise_limit() -> None:

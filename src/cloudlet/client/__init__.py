@@ -14,7 +14,8 @@ or beside the other services of an ``openstack.connection.Connection``: after
 from __future__ import annotations
 
 from cloudlet.client.connection import connect, connect_cloud
+from cloudlet.client.following import Endpoint
 from cloudlet.client.proxy import Proxy
 from cloudlet.client.service import CloudletService
 
-__all__ = ["CloudletService", "Proxy", "connect", "connect_cloud"]
+__all__ = ["CloudletService", "Endpoint", "Proxy", "connect", "connect_cloud"]

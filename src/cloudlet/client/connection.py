@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cloudlet.client.unix import UnixAdapter
 from cloudlet.errors import UsageError
 
 _UNIX = "unix:"
+_HTTP = ("http://", "https://")
 _HERE = "http://localhost"
 """What a site on a Unix socket is called in URLs."""
 
@@ -35,14 +37,23 @@ def connect(
     :raises UsageError: that is not an address.
     :raises LostError: no cloudlet is there.
     """
-    session = session_of(endpoint, user, password, verify)
-    try:
-        return site_of(Connection(session=session), endpoint)
-    except LostError:
-        if endpoint.startswith("https://"):  # who looks for a service does not say why none was found
-            with translated(endpoint):
-                session.get(endpoint, authenticated=False, raise_exc=False)
-        raise
+    return _site_at(session_of(endpoint, user, password, verify), endpoint)
+
+
+def connect_beside(session: Session, endpoint: str) -> Proxy:
+    """Another site, with the credentials of a session and what that trusts, but connections of its own.
+
+    :param endpoint: ``http://HOST:PORT`` or ``https://HOST:PORT``.
+    :raises UsageError: that is not an address.
+    :raises LostError: no cloudlet is there.
+    """
+    if not endpoint.startswith(_HTTP):
+        raise UsageError(f"{endpoint!r} is not a site", hint="write http://HOST:PORT")
+    beside = Session(
+        session.auth, verify=session.verify, cert=session.cert, app_name="cloudlet",
+        app_version=cloudlet.__version__,
+    )  # fmt: skip
+    return _site_at(beside, endpoint, {"cloudlet_endpoint_override": endpoint})
 
 
 def connect_cloud(name: str, cacert: str | None = None) -> Proxy:
@@ -65,12 +76,22 @@ def session_of(
 ) -> Session:
     """A session of keystoneauth for a site by its address; see :func:`connect`."""
     unix = Path(endpoint.removeprefix(_UNIX)) if endpoint.startswith(_UNIX) else None
-    if not unix and not endpoint.startswith(("http://", "https://")):
+    if not unix and not endpoint.startswith(_HTTP):
         raise UsageError(f"{endpoint!r} is not a site", hint="write http://HOST:PORT or unix:PATH")
     where = _HERE if unix else endpoint.rstrip("/")
     auth: BaseAuthPlugin = HTTPBasicAuth(where, user, password) if user else NoAuth(where)
     session = Session(auth, verify=verify, app_name="cloudlet", app_version=cloudlet.__version__)
     if unix:
         session.session.trust_env = False  # a proxy for HTTP is not one for this
-        session.mount("http://", UnixAdapter(unix))
+        session.mount(f"{_HERE}/", UnixAdapter(unix))
     return session
+
+
+def _site_at(session: Session, endpoint: str, config: Mapping[str, Any] | None = None) -> Proxy:
+    try:
+        return site_of(Connection(session=session, **(config or {})), endpoint)
+    except LostError:
+        if endpoint.startswith("https://"):  # who looks for a service does not say why none was found
+            with translated(endpoint):
+                session.get(endpoint, authenticated=False, raise_exc=False)
+        raise

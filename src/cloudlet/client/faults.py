@@ -15,7 +15,7 @@ from keystoneauth1 import exceptions as keystone
 from openstack import exceptions as sdk
 
 from cloudlet import errors
-from cloudlet.errors import CloudletError, FailedError, RefusedError, UsageError
+from cloudlet.errors import CloudletError, FailedError, RefusedError, UnconfirmedError, UsageError
 
 
 class LostError(FailedError):
@@ -24,11 +24,13 @@ class LostError(FailedError):
 
 REASONS: Mapping[str, type[CloudletError]] = {
     "unauthenticated": RefusedError,
+    "clock": RefusedError,
     "refused": RefusedError,
     "not_found": errors.NotFoundError,
     "no_such_path": errors.NotFoundError,
     "conflict": errors.ConflictError,
     "changed": errors.ConflictError,
+    "unconfirmed": UnconfirmedError,
     "invalid": UsageError,
     "not_acceptable": UsageError,
     "range": UsageError,
@@ -79,7 +81,10 @@ def error_of(response: requests.Response) -> CloudletError:
     detail = str(error.get("detail", ""))
     if status == 500:
         detail = f"{detail} ({error.get('request_id')})"
-    return coded(str(error.get("code", "")), detail, _STATUSES.get(status, FailedError))
+    found = coded(str(error.get("code", "")), detail, _STATUSES.get(status, FailedError))
+    if isinstance(found, UnconfirmedError):
+        found.fingerprint = str(error.get("fingerprint", ""))
+    return found
 
 
 def coded(code: str, detail: str, otherwise: type[CloudletError] = FailedError) -> CloudletError:

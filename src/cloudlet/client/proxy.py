@@ -8,14 +8,15 @@ id. Every verb raises what the site refuses as an error of :mod:`cloudlet.errors
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from cloudlet.client import faults
+from cloudlet.client import faults, following
 from cloudlet.client.asking import id_of, retry_headers
+from cloudlet.client.following import Located
 from cloudlet.client.publishing import Publishing
-from cloudlet.client.resources import Cloudlet, Event, Instance, Operation
-from cloudlet.errors import FailedError
+from cloudlet.client.resources import Cloudlet, Event, Handoff, Instance, Operation, Peer
+from cloudlet.errors import FailedError, RefusedError
 
 Told = Callable[[Operation], None]
 
@@ -40,6 +41,59 @@ class Proxy(Publishing):
         """
         answer = self.patch("/cloudlets/self", json={"cloudlet": changes})
         return Cloudlet.existing(connection=self._connection, **answer.json()["cloudlet"])
+
+    def drain_cloudlet(self, *, retry_key: str | None = None, **terms: Any) -> Operation:
+        """Empty the site, as its operator: it admits nothing new, and hands what runs off to its peers.
+
+        ``output["instances"]`` of the operation says what becomes, and in the end became, of each instance.
+
+        :param terms: ``deadline_seconds``, ``pause_seconds``, ``peers`` (ids: only to these).
+        :raises ConflictError: that is being done already.
+        """
+        return self._begun(
+            self.post("/cloudlets/self/drain", json={"drain": terms}, headers=retry_headers(retry_key))
+        )
+
+    def peers(self, **query: Any) -> Iterator[Peer]:
+        """All peers with these values; for the operator, as are the other verbs of peers."""
+        return self._listed(Peer, query)
+
+    def get_peer(self, peer: str | Peer) -> Peer:
+        return self._get(Peer, peer)
+
+    def find_peer(self, name_or_id: str) -> Peer:
+        return self._named(Peer, name_or_id)
+
+    def add_peer(
+        self,
+        url: str,
+        fingerprint: str | None = None,
+        name: str | None = None,
+        *,
+        retry_key: str | None = None,
+    ) -> Peer:
+        """Trust the cloudlet at a URL, whose key has the fingerprint that its operator says.
+
+        :param name: what to call it; without, as it calls itself.
+        :raises UnconfirmedError: there was no fingerprint; the error has the one that was found.
+        :raises SignatureError: the key has another one.
+        """
+        given = {"url": url, "fingerprint": fingerprint, "name": name}
+        known = {member: value for member, value in given.items() if value is not None}
+        return self._made(Peer, known, retry_key)
+
+    def update_peer(self, peer: str | Peer, **changes: Any) -> Peer:
+        """Change the name, the URL or the state (``trusted``, ``blocked``) of a peer."""
+        return self._changed(Peer, id_of(peer), changes)
+
+    def refresh_peer(self, peer: str | Peer) -> Peer:
+        """Have the site ask a peer what it can do; ``error`` says why that did not work."""
+        answer = self.post(f"/peers/{id_of(peer)}/refresh")
+        return Peer.existing(connection=self._connection, **answer.json()["peer"])
+
+    def delete_peer(self, peer: str | Peer) -> None:
+        """Forget a peer and its key."""
+        self._delete(Peer, id_of(peer), ignore_missing=False)
 
     def instances(self, **query: Any) -> Iterator[Instance]:
         """All instances with these values."""
@@ -101,6 +155,75 @@ class Proxy(Publishing):
         body, headers = {"overlay": {"name": name}}, retry_headers(retry_key)
         return self._begun(self.post(f"/instances/{id_of(instance)}/overlay", json=body, headers=headers))
 
+    def hand_off(
+        self, instance: str | Instance, peer: str | Peer, *, retry_key: str | None = None, **terms: Any
+    ) -> Operation:
+        """Hand a running instance off to another cloudlet; ``resources["handoff"]`` is the hand-off's id.
+
+        :param terms: ``pause_seconds``, ``deadline_seconds``, ``bandwidth_mbit``, ``verify``, ``overlay``.
+        """
+        body = {"handoff": {"instance_id": id_of(instance), "peer_id": id_of(peer), **terms}}
+        return self._begun(self.post("/handoffs", json=body, headers=retry_headers(retry_key)))
+
+    def handoffs(self, **query: Any) -> Iterator[Handoff]:
+        """All hand-offs with these values."""
+        return self._listed(Handoff, query)
+
+    def get_handoff(self, handoff: str | Handoff) -> Handoff:
+        return self._get(Handoff, handoff)
+
+    def cancel_handoff(self, handoff: str | Handoff) -> Operation:
+        """Have its instance stay where it is.
+
+        :raises ConflictError: it is at the target already.
+        """
+        return self._begun(self.delete(f"/handoffs/{id_of(handoff)}"))
+
+    def resolve_handoff(self, handoff: str | Handoff, action: str) -> None:
+        """Bring one in doubt to its end, as the operator.
+
+        :param action: ``retry``; or ``keep`` at the source, ``take`` at the target, at the risk that the
+            instance runs at both.
+        """
+        self.post(f"/handoffs/{id_of(handoff)}/resolve", json={"resolve": {"action": action}})
+
+    def locate_instance(self, instance: str | Instance) -> Located:
+        """Where an instance is now that was at this site; it is asked for there with the same credentials.
+
+        :raises NotFoundError: there is none, or no more.
+        :raises FailedError: it is at a site that cannot be asked.
+        """
+        return following.locate(self, id_of(instance))
+
+    def follow_instance(self, instance: str | Instance, after: int | None = None) -> Iterator[Event]:
+        """What happens to an instance, at this site and on at those that it is handed off to, until its end.
+
+        Nothing is told twice, and nothing left out. Who was cut off goes on after the last event seen, at its
+        ``site``: numbers are a site's own. A site that is silent is asked again for a minute.
+
+        :param after: events after this one of this site; without, from now on, where the instance is now.
+        :raises NotFoundError: it has ended.
+        :raises FailedError: it is at a site that cannot be asked, or that is silent.
+        """
+        if after is not None:
+            return following.follow(self, id_of(instance), after)
+        return following.follow_from_now(self, id_of(instance))
+
+    def elsewhere(self, url: str) -> Proxy:
+        """Another site, asked with the same credentials; close it for itself.
+
+        :raises RefusedError: who listens on the way there would hear them, and does not on the way here.
+        :raises LostError: no cloudlet is there.
+        """
+        from cloudlet.client.connection import connect_beside  # which makes us
+
+        if (self._root or "").startswith("https://") and not url.startswith("https://"):
+            raise RefusedError(
+                f"{url} is not encrypted, unlike {self.place}",
+                hint="connect to it yourself, if that is wanted",
+            )
+        return connect_beside(self.session, url)
+
     def console_log(self, instance: str | Instance, length: int | None = None) -> str:
         """The end of what it wrote to its serial console.
 
@@ -155,14 +278,23 @@ class Proxy(Publishing):
         :param query: ``kind`` (kinds that begin so), ``resource_id``.
         """
         while True:
-            wanted = {"after": after, "wait": _LONG_POLL if follow else 0, "limit": _FEW, **query}
-            given = {name: value for name, value in wanted.items() if value is not None}
-            page = self.get("/events", params=given).json()
-            for event in page["events"]:
-                yield Event.existing(connection=self._connection, **event)
-            if not follow and (after is None or page["last"] <= after):
+            events, last = self.events_page(after, _LONG_POLL if follow else 0, **query)
+            yield from events
+            if not follow and (after is None or last <= after):
                 return
-            after = page["last"]
+            after = last
+
+    def events_page(self, after: int | None, wait: float = 0, **query: Any) -> tuple[Sequence[Event], int]:
+        """Some events after a number, at once or within ``wait`` seconds, and after which number to go on."""
+        wanted = {"after": after, "wait": wait, "limit": _FEW, **query}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        page = self.get("/events", params=given).json()
+        told = [Event.told_at(self.place, connection=self._connection, **event) for event in page["events"]]
+        return told, int(page["last"])
+
+    def last_event(self) -> int:
+        """The number of the last event."""
+        return self.events_page(None)[1]
 
 
 def _succeeded(operation: Operation) -> Operation:

@@ -120,6 +120,8 @@ class Instance(Noun):
     arrival: Mapping[str, int] | None = Body("arrival")
     lease_seconds: int | None = Body("lease_seconds")
     expires_at: str | None = Body("expires_at")
+    epoch: int = Body("epoch")
+    moved_to: Mapping[str, Any] | None = Body("moved_to")
     restarts: int = Body("restarts")
     error: Mapping[str, str] | None = Body("error")
 
@@ -143,6 +145,7 @@ class Operation(Noun):
     steps: Sequence[Mapping[str, Any]] = Body("steps")
     error: Mapping[str, str] | None = Body("error")
     resources: Mapping[str, str] = Body("resources")
+    output: Mapping[str, Any] | None = Body("output")
     request_id: str = Body("request_id")
 
     @property
@@ -157,6 +160,47 @@ class Operation(Noun):
             if step["state"] == "running":
                 return step["bytes_done"] or 0, step["bytes_total"] or 0
         return 0, 0
+
+
+class Handoff(Noun):
+    """An instance on its way to another cloudlet, or from one."""
+
+    resource_key = "handoff"
+    resources_key = "handoffs"
+    base_path = "/handoffs"
+    _query_mapping = QueryParameters("instance_id", "peer_id", "state", "direction", "sort")
+
+    instance_id: str = Body("instance_id")
+    direction: str = Body("direction")
+    peer_id: str = Body("peer_id")
+    state: str = Body("state")
+    epoch: int = Body("epoch")
+    forecast: Mapping[str, Any] | None = Body("forecast")
+    statistics: Mapping[str, Any] = Body("statistics")
+    moved_to: Mapping[str, Any] | None = Body("moved_to")
+    error: Mapping[str, str] | None = Body("error")
+
+
+class Peer(Noun):
+    """Another cloudlet, whose key is pinned."""
+
+    resource_key = "peer"
+    resources_key = "peers"
+    base_path = "/peers"
+    _query_mapping = QueryParameters("name", "state", "sort")
+
+    allow_create = True
+    allow_commit = True
+    allow_delete = True
+
+    url: str = Body("url")
+    state: str = Body("state")
+    public_key: str = Body("public_key")
+    fingerprint: str = Body("fingerprint")
+    certificate: str = Body("certificate")
+    capabilities: Mapping[str, Any] = Body("capabilities")
+    seen_at: str | None = Body("seen_at")
+    error: Mapping[str, str] | None = Body("error")
 
 
 class Event(resource.Resource):
@@ -174,6 +218,15 @@ class Event(resource.Resource):
     project_id: str = Body("project_id")
     user_id: str = Body("user_id")
     detail: Mapping[str, Any] = Body("detail")
+    site: str = ""
+    """Where it was told; it is not on the wire. Each site has numbers of its own."""
+
+    @classmethod
+    def told_at(cls, site: str, **event: Any) -> Event:
+        """An event as a site tells it."""
+        told = cls.existing(**event)
+        told.site = site
+        return told
 
 
 class Cloudlet(resource.Resource):
@@ -190,5 +243,7 @@ class Cloudlet(resource.Resource):
     hypervisor: str = Body("hypervisor")
     accelerator: str = Body("accelerator")
     cpu_model: str = Body("cpu_model")
+    fingerprint: str = Body("fingerprint")
+    peers_url: str = Body("peers_url")
     limits: Mapping[str, int | None] = Body("limits")
     used: Mapping[str, int] = Body("used")

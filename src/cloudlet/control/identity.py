@@ -66,6 +66,22 @@ def renew(agent: GuestAgent | None, guest: Guest, host_name: str) -> float | Non
     return time.monotonic() - began
 
 
+def set_clock(agent: GuestAgent | None, guest: Guest) -> None:
+    """Have a machine that stood still know what time it is; it is the same machine, and keeps the rest.
+
+    :raises FailedError: the guest's agent is there and fails.
+    """
+    if agent is None or not guest.agent:
+        return
+    status, output = agent.run(["date", "-u", "-s", f"@{time.time():.3f}"], timeout=_SECONDS)
+    if status:
+        # The date of some systems takes whole seconds only.
+        status, output = agent.run(["date", "-u", "-s", f"@{time.time():.0f}"], timeout=_SECONDS)
+    if status:
+        text = output.decode(errors="replace").strip()[-200:]
+        raise FailedError(f"the machine's clock could not be set: {text}")
+
+
 def host_name(app: str, instance: str) -> str:
     """A host name for a clone: the app's name and the instance's id, as RFC 1123 wants it."""
     plain = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in app.lower())

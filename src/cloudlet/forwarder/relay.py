@@ -29,11 +29,11 @@ class Relay:
         self._free = limit
         self._listeners: list[socket.socket] = []
 
-    def listen(self, listener: socket.socket, target: tuple[str, int]) -> None:
-        """Relay each connection to ``listener`` to a new one to ``target`` (an IPv4 address)."""
+    def listen(self, listener: socket.socket, target: tuple[str, int], family: int = socket.AF_INET) -> None:
+        """Relay each connection to ``listener`` to a new one to ``target``, an address of that family."""
         listener.setblocking(False)
         self._listeners.append(listener)
-        self._loop.add(listener.fileno(), READ, lambda _events: self._accept(listener, target))
+        self._loop.add(listener.fileno(), READ, lambda _events: self._accept(listener, target, family))
 
     def update(self, side: "_Side", awaited: int | None) -> None:
         """Have the loop report ``awaited`` (and breaks) of ``side``, or nothing at all."""
@@ -49,7 +49,7 @@ class Relay:
         """Count one connection less."""
         self._free += 1
 
-    def _accept(self, listener: socket.socket, target: tuple[str, int]) -> None:
+    def _accept(self, listener: socket.socket, target: tuple[str, int], family: int) -> None:
         try:
             client, _ = listener.accept()
         except (BlockingIOError, ConnectionError):
@@ -61,7 +61,7 @@ class Relay:
             client.close()  # the answer: the client sees an orderly end at once, and no byte
             return
         try:
-            guest = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            guest = socket.socket(family, socket.SOCK_STREAM)
         except OSError as error:
             client.close()
             self._pause(error)

@@ -7,7 +7,8 @@ of tests (``tests/contract``) runs on both. The stories in ``cloudlet.control`` 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -15,12 +16,16 @@ from typing import Protocol
 
 from cloudlet.model import Accelerator, Endpoint, Firmware, Machine, PublishedPort
 from cloudlet.overlay.apply import Sink
+from cloudlet.overlay.known import HeldPages
 from cloudlet.overlay.pagemap import PageMap
-from cloudlet.overlay.pages import Numbers, PageSource, Space
+from cloudlet.overlay.pages import Numbers, PageBatch, PageSource, Rows, Space
 from cloudlet.overlay.root import DeviceSection
 
 Sections = tuple[DeviceSection, ...]
 """Device sections in the order of the stream."""
+
+Listener = tuple[Endpoint, socket.socket]
+"""A published port and its listening socket, which does not block."""
 
 
 class RunState(StrEnum):
@@ -127,6 +132,37 @@ Wanted = Callable[[Space, Numbers], None]
 """Told which pages a guest waits for; called from a thread of the driver."""
 
 
+class Rounds(Protocol):
+    """A machine's pages, read again and again while it runs. Used by one thread.
+
+    Before :meth:`settle` what is read may be torn, and what the guest has just written to its disk may not
+    be there yet. Everything from here on is exact once the machine is settled.
+    """
+
+    def held(self, space: Space) -> Numbers:
+        """The pages that may differ from what the other end holds, in order; of RAM always all of them.
+
+        What was told once is told again, also where it no longer differs.
+        """
+
+    def read(self, space: Space, numbers: Numbers, rows: Rows) -> None:
+        """Fill ``rows`` (n, 4096), which is contiguous, with these pages (in order, some hundreds at most).
+
+        :raises FailedError: the machine is gone.
+        """
+
+    def settle(self) -> tuple[bytes, Sections]:
+        """Have the machine stand still, which it may do already: its device state and the sections of that.
+
+        After an error it may stand still, too.
+
+        :raises RefusedError: it has changed its UEFI variables.
+        """
+
+    def close(self) -> None:
+        """Let go of the machine, which goes on or stands still. Can be called again."""
+
+
 class GuestAgent(Protocol):
     """Commands inside a guest, over a channel that needs no network."""
 
@@ -157,6 +193,14 @@ class Instance(Protocol):
     def endpoints(self) -> tuple[Endpoint, ...]: ...
 
     @property
+    def listeners(self) -> tuple[Listener, ...]:
+        """The published ports' sockets, which the owner holds beside who serves them; none if adopted."""
+
+    @property
+    def layer(self) -> Layer | None:
+        """What the machine stands on besides its base, as its owner knows it."""
+
+    @property
     def console_log(self) -> Path: ...
 
     @property
@@ -174,6 +218,18 @@ class Instance(Protocol):
     def accepts(self, endpoint: Endpoint, timeout: float) -> bool:
         """Whether the guest itself takes a connection of a published port within ``timeout`` seconds."""
 
+    def take_listeners(self) -> list[Listener]:
+        """Take the listening sockets over: they survive :meth:`stop`, and the caller closes them."""
+
+    def hold_connections(self, hold: bool) -> None:
+        """Whether new connections wait in the kernel instead of reaching the guest; old ones stand still."""
+
+    def generation_id(self) -> str:
+        """The VM generation ID that the guest has; empty where the machine has none."""
+
+    def announce(self) -> None:
+        """Tell switches where the machine's card is now."""
+
     def cpu_seconds(self) -> float:
         """CPU time the machine has used on this host."""
 
@@ -190,6 +246,23 @@ class Instance(Protocol):
 
     def capture(self) -> Capture:
         """Pause a private instance and capture what it changed; it stays paused."""
+
+    def rounds(self, *, with_layer: bool) -> Rounds:
+        """Read the pages of a private instance while it runs.
+
+        It waits for pages that are still on their way to the machine.
+
+        :param with_layer: the pages of its layer count, too, since the other end has the base only.
+        :raises RefusedError: it has changed its UEFI variables, or this process may not look.
+        :raises FailedError: it is gone, pages do not come, or only its owner can do this.
+        """
+
+    def digest(self) -> bytes:
+        """The digest of a private instance that stands still: 32 bytes, the same for equal RAM and disk.
+
+        BLAKE3 over all RAM, as the hypervisor has it, then over number and content of each block of the
+        disk that differs from the base's: whatever the machine stands on.
+        """
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the machine is gone; whether it is."""
@@ -232,6 +305,36 @@ class Arriving(Incoming, Protocol):
 
     def sever(self) -> None:
         """No further page will come: the machine ends. From any thread; :meth:`abort` is still to follow."""
+
+
+class Receiving(Protocol):
+    """A machine that comes from another site: filled again and again, loaded once, and then paused."""
+
+    @property
+    def instance(self) -> Instance: ...
+
+    def begin(self) -> None:
+        """Wait until pages can be taken."""
+
+    def pages(self, batch: PageBatch) -> None:
+        """Load pages, in any order; of a page that comes again the last one counts."""
+
+    def load(self, device_state: bytes) -> None:
+        """All has come: load the devices. The machine is then complete, and paused.
+
+        :raises MismatchError: the device state is not one of the base's machine, which has not seen it.
+        :raises FailedError: the machine is gone, or refused the device state.
+        """
+
+    def abort(self) -> None:
+        """Give up: nothing of the instance is left. Can be called again, and after an error."""
+
+
+class LayerSink(Sink, Protocol):
+    """Writes an app's layer from its overlay, with no machine."""
+
+    def close(self) -> None:
+        """Close the files, complete or not. Can be called again."""
 
 
 class Hypervisor(Protocol):
@@ -285,6 +388,30 @@ class Hypervisor(Protocol):
         record_touched: bool = False,
     ) -> Arriving:
         """Start a private instance of a base whose pages arrive: they go to the layer's new files."""
+
+    def receive(
+        self,
+        base: BaseImage,
+        ports: Sequence[PublishedPort] = (),
+        *,
+        name: str = "",
+        overlay_id: str = "",
+        layer: Layer | None = None,
+        generation_id: str = "",
+    ) -> Receiving:
+        """Start a private instance of a base, and a whole layer, that goes on with what another site sends.
+
+        :param generation_id: the machine's VM generation ID, which it keeps; a new one where it is empty.
+        :raises UsageError: it is not one.
+        """
+
+    def layer_pages(
+        self, layer: Layer, machine: Machine
+    ) -> AbstractContextManager[Mapping[Space, HeldPages]]:
+        """Where in a whole layer's files its pages are; the files are open as long as the context."""
+
+    def layer_sink(self, base: BaseImage, layer: Layer) -> LayerSink:
+        """Write the new files of a layer."""
 
     def instances(self) -> list[Instance]:
         """The instances of this state folder that are alive, whoever started them."""

@@ -62,6 +62,16 @@ class ProcessId:
         finally:
             os.close(descriptor)
 
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal; nothing happens if the process is gone."""
+        with contextlib.suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(self.pid)
+            try:
+                if self.alive():
+                    signal.pidfd_send_signal(descriptor, number)
+            finally:
+                os.close(descriptor)
+
     def kill(self, timeout: float = 5.0) -> None:
         """End the process with SIGKILL and wait until it is gone; nothing happens if it already is."""
         try:

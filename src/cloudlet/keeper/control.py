@@ -1,7 +1,8 @@
 """The socket of a keeper: who watches is told of every change, who asks for something gets an answer.
 
 Each connection has a thread; there is one for the site, and one for each thing that is asked for. What is
-asked for is done one at a time. The status is a file too: it is what a site reads that comes later.
+asked for is done one at a time, but for what may be done beside anything. The status is a file too: it is
+what a site reads that comes later.
 """
 
 from __future__ import annotations
@@ -32,16 +33,24 @@ _LOOK_SECONDS = 10.0
 
 Progress = Callable[[int, int], None]
 Command = Callable[[Mapping[str, Any], Progress], dict[str, Any]]
-"""Does what is asked, with the arguments of the message, and gives its answer."""
+"""Does what is asked, with the arguments of the message, and gives its answer; bytes are its ``body``."""
 
 
 class Control:
     """A keeper's socket and status, in its folder."""
 
-    def __init__(self, folder: Path, commands: Mapping[str, Command]) -> None:
+    def __init__(
+        self, folder: Path, commands: Mapping[str, Command], beside: Mapping[str, Command] = {}
+    ) -> None:
+        """Serve in ``folder``.
+
+        :param commands: what is done one at a time.
+        :param beside: what nobody has to wait for until something else is done.
+        """
         self.status = Status()
         self._folder = folder
-        self._commands = commands
+        self._commands = {**commands, **beside}
+        self._beside = beside.keys()
         self._changed = threading.Condition()
         self._number = 0
         self._busy = threading.Lock()
@@ -96,8 +105,8 @@ class Control:
                 if message.get("do") == "watch":
                     self._watched(line)
                 else:
-                    self._do(line, message)
-        except OSError:
+                    self._do(line, {**message, "body": line.body(message)})
+        except (OSError, EOFError):
             pass  # who asked has gone
         finally:
             line.close()
@@ -121,10 +130,9 @@ class Control:
             command = self._commands.get(str(message.get("do")))
             if command is None:
                 raise UsageError(f"a keeper cannot {message.get('do')!r}")
-            # To end it nobody has to wait until something else is done.
-            end = message.get("do") == "end"
-            with nullcontext() if end else self._busy:
-                if not end and line.closed:
+            beside = message.get("do") in self._beside
+            with nullcontext() if beside else self._busy:
+                if not beside and line.closed:
                     return  # who gave up waiting does not want it any more
                 answer = command(message, progress)
             line.send({"done": answer})

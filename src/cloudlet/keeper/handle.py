@@ -132,6 +132,7 @@ class Keepers:
         *,
         timeout: float = 60.0,
         progress: Progress | None = None,
+        body: bytes = b"",
         **more: Any,
     ) -> dict[str, Any]:
         """Have a keeper do something, and wait for it.
@@ -144,7 +145,7 @@ class Keepers:
         except (FailedError, OSError) as error:
             raise ConflictError(f"instance {instance_id} does not run") from error
         try:
-            line.send({"do": what, **more})
+            line.send({"do": what, **more}, body)
             for message in line.messages():
                 if "error" in message:
                     raise raised(message["error"])

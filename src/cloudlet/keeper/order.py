@@ -16,11 +16,35 @@ from cloudlet.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
+class ArrivalOrder:
+    """A machine that comes from another site."""
+
+    handoff: str
+    instance: str
+    epoch: int
+    """At the source."""
+    seed: str
+    """Of the digests: hexadecimal digits."""
+    root: str
+    """The overlay's, in base64: what the app is."""
+    overlay: str
+    """The overlay's identity."""
+    holds: str
+    """What the machine stands on here: ``base`` or ``overlay``."""
+    generation_id: str
+    paused: bool
+    patience: float
+    """Seconds without a word from the source until the copy is given up."""
+    peer: Mapping[str, str]
+    """The source, as :class:`cloudlet.keeper.correspondence.HttpPeer` needs it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
     """A machine that is wanted."""
 
     source: str
-    """The overlay: a path or an http(s) URL."""
+    """The overlay: a path or an http(s) URL; nothing where the machine comes from another site."""
     ports: tuple[PublishedPort, ...] = ()
     allow_unsigned: bool = False
     use_image: bool = True
@@ -29,6 +53,8 @@ class Order:
     """Whether no other port of the app is published."""
     ready: str = ""
     """When the app answers, if it is not when its overlay says."""
+    arrival: ArrivalOrder | None = None
+    """Where it comes from, if it is another site."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -37,6 +63,8 @@ class Order:
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         known = dict(data)
         known["ports"] = tuple(PublishedPort(**port) for port in known["ports"])
+        if arrival := known.get("arrival"):
+            known["arrival"] = ArrivalOrder(**arrival)
         return cls(**known)
 
 
@@ -44,9 +72,13 @@ class KeeperState(StrEnum):
     """What a keeper does, in this order."""
 
     STARTING = "starting"
+    ARRIVING = "arriving"
+    """The machine comes from another site, and does not run yet."""
     ANSWERING = "answering"
     """The application answers; the machine's identity is being renewed."""
     READY = "ready"
+    MOVED = "moved"
+    """The machine is another site's; who connects is shown the way for a while."""
     ENDED = "ended"
 
 
@@ -68,6 +100,8 @@ class Status:
     start: str = ""
     """How the machine was started: hot, ready, full, or image."""
     renewed: bool = False
+    handoff: Mapping[str, Any] | None = None
+    """How far the machine is on its way to another site, or from one."""
     error: Mapping[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:

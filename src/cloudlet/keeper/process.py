@@ -25,8 +25,10 @@ from cloudlet.control.site import Site
 from cloudlet.control.synthesis import Request, Synthesised, synthesise
 from cloudlet.errors import ConflictError, FailedError
 from cloudlet.hypervisor.driver import Instance, RunState
-from cloudlet.keeper.control import Control, Progress, describe_any
+from cloudlet.keeper.arriving import Arriving
+from cloudlet.keeper.control import Command, Control, Progress, describe_any
 from cloudlet.keeper.folder import ORDER, take
+from cloudlet.keeper.leaving import Leaving
 from cloudlet.keeper.order import KeeperState, Order, describe
 from cloudlet.model import Readiness
 from cloudlet.settings import Settings
@@ -53,8 +55,18 @@ class Keeper:
         self._asked = False
         """Whether it is the site that wants the end."""
         self._last_told = 0.0
-        commands = {"pause": self._pause, "resume": self._resume, "save": self._save, "end": self._end}
-        self._control = Control(folder, commands)
+        commands = {"pause": self._pause, "resume": self._resume, "save": self._save}
+        beside = {
+            "end": self._end,
+            "describe": self._describe,
+            "depart": self._depart,
+            "stay": self._stay,
+            "keep": self._stay_after_all,
+            **{name: self._arriving(name) for name in ("records", "commit", "drop", "take")},
+        }
+        self._leaving: Leaving | None = None
+        self._arrival: Arriving | None = None
+        self._control = Control(folder, commands, beside)
 
     def run(self, order: Order) -> None:
         """Keep the machine of ``order`` until it ends or is told to."""
@@ -79,6 +91,15 @@ class Keeper:
 
     def _keep(self, order: Order) -> None:
         self._site = site = Site.open(self._settings)
+        if order.arrival:
+            self._arrival = arriving = Arriving(self._folder, site, self._control)
+            with arriving.machine(order) as made:
+                self._live(made, order)
+        else:
+            self._synthesise(site, order)
+        self._forward()
+
+    def _synthesise(self, site: Site, order: Order) -> None:
         request = Request(
             ports=order.ports,
             allow_unsigned=order.allow_unsigned,
@@ -99,11 +120,28 @@ class Keeper:
                 arrived=self._arrived,
             ) as made,
         ):
-            self._made = made
-            self._ready(made)
-            made.instance.wait()
+            self._live(made, order)
+
+    def _live(self, made: Synthesised, order: Order) -> None:
+        """Keep a machine that runs, until it is another site's."""
+        assert self._site
+        self._made = made
+        self._leaving = Leaving(self._folder, self._site, made, self._control, order)
+        self._ready(made)
+        made.instance.wait()
+        if not self._leaving.gone_for_good():
             # Its console and log go with it: what they say of its end is all there will be.
             raise FailedError(f"the machine ended by itself: {_last_words(made.instance)}")
+
+    def _forward(self) -> None:
+        """Show those who connect the way to where the machine is now, for a while."""
+        assert self._leaving
+        self._made = None
+        self._control.tell(state=KeeperState.MOVED)
+        try:
+            time.sleep(self._leaving.grace)
+        finally:
+            self._leaving.close()
 
     def _received(self, done: int, total: int) -> None:
         now = time.monotonic()
@@ -132,8 +170,42 @@ class Keeper:
 
     def _machine(self) -> Synthesised:
         if self._made is None:
-            raise ConflictError("the machine is not there yet", hint="wait until it is active")
+            raise ConflictError("the machine is not here", hint="wait until it is active")
+        if self._leaving and self._leaving.busy:
+            raise ConflictError("the instance is being handed off", hint="wait for that, or cancel it")
         return self._made
+
+    def _depart(self, message: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        """Hand the machine off; who asks again is told the same."""
+        if not self._leaving:
+            raise ConflictError("the machine is not here", hint="wait until it is active")
+        return self._leaving.depart(message, progress)
+
+    def _stay(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
+        if self._leaving:
+            self._leaving.stay()
+        return {}
+
+    def _stay_after_all(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
+        if not self._leaving:
+            raise ConflictError("the machine is not here")
+        self._leaving.keep()
+        return {}
+
+    def _describe(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
+        """What another site has to know of the machine, to have it."""
+        self._machine()
+        assert self._leaving
+        return self._leaving.describe()
+
+    def _arriving(self, name: str) -> Command:
+        def do(message: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+            if not self._arrival:
+                raise ConflictError("no machine comes here from another site")
+            command: Command = getattr(self._arrival, name)
+            return command(message, progress)
+
+        return do
 
     def _pause(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
         self._machine().instance.pause()

@@ -1,4 +1,4 @@
-"""Lines of JSON on a Unix socket: how keepers, their nursery and their site talk."""
+"""Lines of JSON, some with bytes behind them, on a Unix socket: how keepers, nursery and site talk."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 LONGEST_LINE = 1 << 20
+LONGEST_BODY = 8 << 20
 
 
 class Line:
@@ -18,12 +19,14 @@ class Line:
         self.socket = connection
         self._reader = connection.makefile("rb")
 
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message.
+    def send(self, message: Mapping[str, Any], body: bytes = b"") -> None:
+        """Send a message, and bytes that belong to it.
 
         :raises OSError: who should read it has gone.
         """
-        self.socket.sendall(json.dumps(message).encode() + b"\n")
+        if body:
+            message = {**message, "size": len(body)}
+        self.socket.sendall(json.dumps(message).encode() + b"\n" + body)
 
     def receive(self) -> dict[str, Any] | None:
         """The next message; None when there will be none.
@@ -36,6 +39,19 @@ class Line:
         except (ConnectionError, ValueError):
             return None
         return message if isinstance(message, dict) else None
+
+    def body(self, message: Mapping[str, Any]) -> bytes:
+        """The bytes that belong to a message, which was the last one.
+
+        :raises EOFError: they do not come, or are too many.
+        """
+        size = message.get("size", 0)
+        if not isinstance(size, int) or not 0 <= size <= LONGEST_BODY:
+            raise EOFError(f"{size} bytes belong to a message")
+        body = self._reader.read(size)
+        if len(body) != size:
+            raise EOFError(f"{len(body)} of {size} bytes came")
+        return body
 
     def messages(self) -> Iterator[dict[str, Any]]:
         """The messages to the end."""

@@ -21,6 +21,7 @@ from cloudlet.errors import CorruptError
 from cloudlet.model import PAGE_BYTES
 from cloudlet.overlay.base import BasePages, read_rows
 from cloudlet.overlay.frames import FrameKind, Unpacker
+from cloudlet.overlay.known import Pages
 from cloudlet.overlay.limits import FRAME_PAGES, WINDOW_LITERALS
 from cloudlet.overlay.pagemap import Coverage, PageMap
 from cloudlet.overlay.pages import Numbers, PageBatch, Positions, Rows, Space
@@ -145,7 +146,7 @@ class LiteralSpool:
             raise CorruptError("the spool of literals ends early")
 
 
-def build(payload: PagePayload, base: BasePages, literals: Literals, room: Rows) -> Rows:
+def build(payload: PagePayload, base: Pages, literals: Literals, room: Rows) -> Rows:
     """The contents of a frame's pages, in ``room``; only literals are handed on as they were decompressed.
 
     ``literals`` holds all that the pages refer to, the frame's own among them.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cloudlet.errors import CorruptError
 from cloudlet.model import PAGE_BYTES, Machine
@@ -75,26 +76,35 @@ def read_rows(descriptor: int, numbers: Numbers, rows: Rows, positions: Position
 
     ``positions`` increase. The result is the number of a page before which the file ends, if there is one.
     """
+    cut = read_places(descriptor, numbers.astype(np.int64) * PAGE_BYTES, rows, positions)
+    return None if cut is None else int(numbers[cut]) + 1
+
+
+def read_places(descriptor: int, offsets: NDArray[np.int64], rows: Rows, positions: Positions) -> int | None:
+    """Put the page that begins at byte ``offsets[i]`` of a file into ``rows[positions[i]]``.
+
+    ``positions`` increase; pages that follow each other in the file take one system call. The result is the
+    last ``i`` of a stretch within which the file ends, if there is one.
+    """
     room = rows.data.cast("B")
     places = positions.tolist()
-    for first, after in _runs(numbers):
+    for first, after in _stretches(offsets):
         if places[after - 1] - places[first] == after - 1 - first:
             at = places[first] * PAGE_BYTES
             vectors = [room[at : at + (after - first) * PAGE_BYTES]]
         else:
             vectors = [room[p * PAGE_BYTES : (p + 1) * PAGE_BYTES] for p in places[first:after]]
-        start = int(numbers[first])
-        if os.preadv(descriptor, vectors, start * PAGE_BYTES) != (after - first) * PAGE_BYTES:
-            return start + after - first
+        if os.preadv(descriptor, vectors, int(offsets[first])) != (after - first) * PAGE_BYTES:
+            return after - 1
     return None
 
 
-def _runs(numbers: Numbers) -> Iterator[tuple[int, int]]:
-    """From and to of stretches of consecutive numbers, short enough for one call."""
-    if not numbers.size:
+def _stretches(offsets: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """From and to of stretches of pages that follow each other in the file, short enough for one call."""
+    if not offsets.size:
         return
-    breaks = np.flatnonzero(np.diff(numbers.astype(np.int64)) != 1) + 1
-    edges = [0, *breaks.tolist(), numbers.size]
+    breaks = np.flatnonzero(np.diff(offsets) != PAGE_BYTES) + 1
+    edges = [0, *breaks.tolist(), offsets.size]
     for first, after in pairwise(edges):
         for at in range(first, after, _MOST_VECTORS):
             yield at, min(at + _MOST_VECTORS, after)

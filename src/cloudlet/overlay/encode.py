@@ -2,7 +2,8 @@
 
 In this order: zero; equal to a page of the base (by the index, compared byte by byte); equal to an
 earlier literal of this overlay within the window; equal to a span of earlier literals; much like the page
-of the base that it replaces (XOR); else a literal. Pages go through in file order.
+of the base that it replaces (XOR); else a literal. Pages go through in file order. In a hand-off the base is
+whatever both ends hold, and the records are the file.
 """
 
 from __future__ import annotations
@@ -13,26 +14,49 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloudlet.model import PAGE_BYTES
-from cloudlet.overlay.base import BasePages
-from cloudlet.overlay.index import PageIndex, digest_rows
+from cloudlet.overlay.index import Lookup, digest_rows
+from cloudlet.overlay.known import Pages
 from cloudlet.overlay.limits import WINDOW_LITERALS
 from cloudlet.overlay.pages import Numbers, Positions, Rows, Space, equal_rows, zero_rows
 from cloudlet.overlay.payload import Operation, PagePayload
-from cloudlet.overlay.spans import SpanFinder
+from cloudlet.overlay.spans import NoSpans, SpanFinder
 
 _DIGEST_BYTES = 16
+_ZERO, _LITERAL, _XOR = int(Operation.ZERO), int(Operation.LITERAL), int(Operation.XOR)
+_EARLIER, _SPAN = int(Operation.EARLIER), int(Operation.SPAN)
+"""As plain integers: to look a member up, and to compare it, takes several times as long."""
 
 
 class PageEncoder:
-    """Turns pages into payloads; remembers the literals of the window by digest."""
+    """Turns pages into payloads; remembers the literals of the window by digest.
 
-    def __init__(self, base: BasePages, index: PageIndex) -> None:
+    Memory: 150 bytes for each literal of the window; with spans also its content.
+    """
+
+    def __init__(
+        self,
+        base: Pages,
+        index: Lookup,
+        *,
+        xor: bool = True,
+        spans: bool = True,
+        window: int | None = None,
+    ) -> None:
+        """Nothing has been encoded yet.
+
+        :param xor: whether a page may become its difference to the base's.
+        :param spans: whether content is looked for at other places within pages.
+        :param window: how far back a page may refer, in literals: a frame at least, the format's at most
+            and if not given.
+        """
         self._base = base
         self._index = index
+        self._xor = xor
+        self._window = WINDOW_LITERALS if window is None else window
         self._known: dict[bytes, int] = {}
         self._order: deque[bytes] = deque()
         self._oldest = 0
-        self._spans = SpanFinder()
+        self._spans = SpanFinder(self._window) if spans else NoSpans()
 
     @property
     def literals(self) -> int:
@@ -42,11 +66,11 @@ class PageEncoder:
     def encode(self, space: Space, numbers: Numbers, rows: Rows) -> PagePayload:
         """The payload of one frame; ``rows`` are contiguous in memory, and changed where they become XORs."""
         first = self.literals
-        self._forget(before=first + numbers.size - WINDOW_LITERALS)
-        operations = np.full(numbers.size, Operation.LITERAL, np.uint8)
+        self._forget(before=first + numbers.size - self._window)
+        operations = np.full(numbers.size, _LITERAL, np.uint8)
         references = np.zeros(numbers.size, np.int64)
         zero = zero_rows(rows)
-        operations[zero] = Operation.ZERO
+        operations[zero] = _ZERO
         filled = np.flatnonzero(~zero)
         digests = digest_rows(rows, filled)
         found = self._index.lookup(digests)
@@ -57,22 +81,40 @@ class PageEncoder:
             same = equal_rows(self._base.read(kind, pages), rows[filled[candidates]])
             operations[filled[candidates[same]]] = operation
             references[filled[candidates[same]]] = pages[same]
-        like_base = self._like_base(space, numbers, rows, np.flatnonzero(operations == Operation.LITERAL))
+        self._encode_left(space, numbers, rows, operations, references, filled, digests)
+        literal = operations >= _LITERAL
+        spans = operations == _SPAN
+        references[spans] = self.literals * PAGE_BYTES - references[spans]
+        referred = references[~literal & ~zero].astype(np.uint32)
+        return PagePayload(space, first, numbers, operations, referred, rows[literal])
+
+    def _encode_left(
+        self,
+        space: Space,
+        numbers: Numbers,
+        rows: Rows,
+        operations: NDArray[np.uint8],
+        references: NDArray[np.int64],
+        filled: Positions,
+        digests: bytes,
+    ) -> None:
+        """Encode the pages that the base does not have; ``digests`` are those of the ``filled`` ones."""
+        ranks = np.flatnonzero(operations[filled] == _LITERAL)
+        left = filled[ranks]
+        like_base = self._like_base(space, numbers, rows, left) if self._xor else {}
         oldest = self._oldest * PAGE_BYTES
         anchors, offsets = (column.tolist() for column in self._spans.anchors(rows))
-        for at, position in enumerate(filled.tolist()):
-            if operations[position] != Operation.LITERAL:
-                continue
-            digest = digests[at * _DIGEST_BYTES : (at + 1) * _DIGEST_BYTES]
+        for position, rank in zip(left.tolist(), ranks.tolist(), strict=True):
+            digest = digests[rank * _DIGEST_BYTES : (rank + 1) * _DIGEST_BYTES]
             anchor = anchors[position], offsets[position]
             if (known := self._known.get(digest)) is not None:
-                operations[position] = Operation.EARLIER
+                operations[position] = _EARLIER
                 references[position] = known
             elif (start := self._spans.find(rows[position], *anchor, oldest)) is not None:
-                operations[position] = Operation.SPAN
+                operations[position] = _SPAN
                 references[position] = start
             elif (difference := like_base.get(position)) is not None:
-                operations[position] = Operation.XOR
+                operations[position] = _XOR
                 rows[position] = difference
                 # Such a literal is not the page: it counts, but nothing is to be found in it.
                 self._order.append(b"")
@@ -81,11 +123,6 @@ class PageEncoder:
                 self._known[digest] = self.literals
                 self._order.append(digest)
                 self._spans.add(rows[position], *anchor)
-        literal = operations >= Operation.LITERAL
-        spans = operations == Operation.SPAN
-        references[spans] = self.literals * PAGE_BYTES - references[spans]
-        referred = references[~literal & ~zero].astype(np.uint32)
-        return PagePayload(space, first, numbers, operations, referred, rows[literal])
 
     def _like_base(
         self, space: Space, numbers: Numbers, rows: Rows, candidates: Positions

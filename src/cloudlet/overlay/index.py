@@ -1,8 +1,9 @@
 """Where a page's content is found in the base: an index from digests to RAM pages and disk blocks.
 
 Built once per base and kept as a file beside it, which is mapped: loading costs nothing, a lookup
-touches a few pages. The index is a hint. Who uses it compares the bytes, so that a stale, damaged
-or deliberately capped index makes an overlay larger and never wrong.
+touches a few pages. The pages of an app's layer are indexed in memory, for one hand-off. An index is a
+hint. Who uses it compares the bytes, so that a stale, damaged or deliberately capped index makes an
+overlay larger and never wrong.
 
 File: magic, base identity (32 bytes), number of entries, then the columns: the digests' first and
 last eight bytes (sorted by the first), page numbers, spaces. 21 bytes per entry, little-endian.
@@ -12,9 +13,9 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, Self
+from typing import BinaryIO, Protocol, Self
 
 import numpy as np
 from blake3 import blake3
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from cloudlet.errors import CorruptError, MismatchError
 from cloudlet.model import PAGE_BYTES
 from cloudlet.overlay.base import BasePages
+from cloudlet.overlay.known import ZEROS, KnownPages, Pages
 from cloudlet.overlay.pages import Numbers, Rows, Runs, Space, zero_rows
 
 _HEAD = struct.Struct("<8s32sQ")
@@ -40,6 +42,13 @@ class Found:
     hit: NDArray[np.bool_]
     space: NDArray[np.uint8]
     page: Numbers
+
+
+class Lookup(Protocol):
+    """What says where content may be found."""
+
+    def lookup(self, digests: bytes) -> Found:
+        """Look up digests of 16 bytes each, one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,28 +82,41 @@ class PageIndex:
             (Space.DISK, int(start), int(start + length)) for start, length in disk_runs.astype(np.int64)
         ]
         total = sum(stop - start for _, start, stop in todo)
+
+        def batches() -> Iterator[tuple[Space, Numbers]]:
+            done = 0
+            for space, start, stop in todo:
+                for at in range(start, stop, _BATCH_PAGES):
+                    numbers = np.arange(at, min(at + _BATCH_PAGES, stop), dtype=np.uint32)
+                    yield space, numbers
+                    done += numbers.size
+                    if progress is not None:
+                        progress(done, total)
+
+        return cls.of_pages(base.identity, base, batches(), most)
+
+    @classmethod
+    def of_pages(
+        cls, base: str, pages: Pages, batches: Iterable[tuple[Space, Numbers]], most: int = MOST_ENTRIES
+    ) -> Self:
+        """Index some pages, of which a batch at a time is read; otherwise as :meth:`build`."""
         digests: list[bytes] = []
-        pages: list[Numbers] = []
+        numbers_kept: list[Numbers] = []
         spaces: list[NDArray[np.uint8]] = []
-        done = taken = 0
-        for space, start, stop in todo:
-            for at in range(start, stop, _BATCH_PAGES):
-                numbers = np.arange(at, min(at + _BATCH_PAGES, stop), dtype=np.uint32)
-                rows = base.read(space, numbers)
-                kept = np.flatnonzero(~zero_rows(rows))[: most - taken]
-                digests.append(digest_rows(rows, kept))
-                pages.append(numbers[kept])
-                spaces.append(np.full(kept.size, space, np.uint8))
-                taken += kept.size
-                done += numbers.size
-                if progress is not None:
-                    progress(done, total)
+        taken = 0
+        for space, numbers in batches:
+            rows = pages.read(space, numbers)
+            kept = np.flatnonzero(~zero_rows(rows))[: most - taken]
+            digests.append(digest_rows(rows, kept))
+            numbers_kept.append(numbers[kept])
+            spaces.append(np.full(kept.size, space, np.uint8))
+            taken += kept.size
         keys = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
         digests.clear()
         high, first = np.unique(keys[:, 0], return_index=True)
         none32, none8 = np.empty(0, np.uint32), np.empty(0, np.uint8)
-        page, space_column = np.concatenate([none32, *pages]), np.concatenate([none8, *spaces])
-        return cls(base.identity, high, keys[first, 1], page[first], space_column[first])
+        page, space_column = np.concatenate([none32, *numbers_kept]), np.concatenate([none8, *spaces])
+        return cls(base, high, keys[first, 1], page[first], space_column[first])
 
     def save(self, file: BinaryIO) -> None:
         """Write the index; the stream needs no seeking."""
@@ -142,6 +164,41 @@ class PageIndex:
         at[at == len(self)] = 0
         hit = (self._high[at] == keys[:, 0]) & (self._low[at] == keys[:, 1])
         return Found(hit, self._space[at], self._page[at])
+
+
+class JoinedIndex:
+    """Several indexes as one; the first that knows a digest answers."""
+
+    def __init__(self, indexes: Sequence[Lookup]) -> None:
+        """:param indexes: at least one."""
+        self._first, *self._others = indexes
+
+    def lookup(self, digests: bytes) -> Found:
+        """Look up digests of 16 bytes each, one after the other."""
+        found = self._first.lookup(digests)
+        for index in self._others:
+            other = index.lookup(digests)
+            found = Found(
+                found.hit | other.hit,
+                np.where(found.hit, found.space, other.space),
+                np.where(found.hit, found.page, other.page),
+            )
+        return found
+
+
+def index_of_layer(known: KnownPages) -> Lookup:
+    """An index of the layer's own pages: to be joined before the base's, some of whose pages it replaces.
+
+    In memory, 21 bytes per page.
+    """
+
+    def batches() -> Iterator[tuple[Space, Numbers]]:
+        for space, held in (known.layer or {}).items():
+            numbers = held.numbers[held.offsets != ZEROS]
+            for at in range(0, numbers.size, _BATCH_PAGES):
+                yield space, numbers[at : at + _BATCH_PAGES]
+
+    return PageIndex.of_pages(known.base.identity, known, batches())
 
 
 def digest_rows(rows: Rows, positions: Iterable[int]) -> bytes:

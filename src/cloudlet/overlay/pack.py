@@ -82,7 +82,7 @@ def pack_parts(
     spool.truncate()
     plan = FramePlan.make(content.sources, content.changed, hot, most_hot)
     hot_packer = Packer(max(level, HOT_LEVEL))
-    devices = _pack_whole(hot_packer, FrameKind.DEVICE, content.device_state, DEVICE_BYTES)
+    devices = pack_whole(hot_packer, FrameKind.DEVICE, content.device_state, DEVICE_BYTES)
     encoder = PageEncoder(base, index)
     operations: dict[Space, Counter[Operation]] = {space: Counter() for space in Space}
     done = 0
@@ -106,7 +106,7 @@ def pack_parts(
     cold = [entry for entry, _ in packed(plan.cold_frames(), FrameCutter(Packer(level), plan.cold_room))]
     pages = {space: content.sources[space].numbers[positions] for space, positions in content.changed.items()}
     page_map = PageMap.of(pages, [(entry.kind.space, numbers) for entry, numbers in hot_frames])
-    maps = _pack_whole(hot_packer, FrameKind.MAP, page_map.encode(), MAP_BYTES)
+    maps = pack_whole(hot_packer, FrameKind.MAP, page_map.encode(), MAP_BYTES)
     totals = Totals(
         device_bytes=len(content.device_state),
         disk_pages=pages[Space.DISK].size,
@@ -139,7 +139,11 @@ class FrameCutter:
             yield from self.pack(piece)
 
 
-def _pack_whole(packer: Packer, kind: FrameKind, raw: bytes, most: int) -> list[tuple[FrameEntry, bytes]]:
+def pack_whole(packer: Packer, kind: FrameKind, raw: bytes, most: int) -> list[tuple[FrameEntry, bytes]]:
+    """The frames of what is not pages.
+
+    :raises LimitError: it has more than ``most`` bytes.
+    """
     if len(raw) > most:
         raise LimitError(f"the {kind.name.lower()} has {len(raw)} bytes; {most} are allowed")
     # Half a frame's limit: what does not compress grows a little.

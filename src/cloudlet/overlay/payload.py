@@ -68,10 +68,15 @@ class PagePayload:
     references: Numbers
     literals: Rows
 
+    @property
+    def raw_bytes(self) -> int:
+        """Size of the frame before it is compressed."""
+        return payload_bytes(self.numbers.size, self.references.size, len(self.literals))
+
     def encode(self) -> NDArray[np.uint8]:
         """The raw bytes of the frame."""
-        n, r, count = self.numbers.size, self.references.size, len(self.literals)
-        raw = np.empty(payload_bytes(n, r, count), np.uint8)
+        n, r = self.numbers.size, self.references.size
+        raw = np.empty(self.raw_bytes, np.uint8)
         raw[:8] = np.frombuffer(_HEAD.pack(self.first_literal, r), np.uint8)
         deltas = np.diff(self.numbers, prepend=np.uint32(0)).astype("<u4")
         raw[8 : 8 + 4 * n] = deltas.view(np.uint8)

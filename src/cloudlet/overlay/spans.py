@@ -27,10 +27,11 @@ _MIXER = np.uint64(0x9E3779B97F4A7C15)
 
 
 class SpanFinder:
-    """The literals so far, as one sequence of bytes of which the last 64 MiB are kept."""
+    """The literals so far, as one sequence of bytes of which the last ``window`` pages are kept."""
 
-    def __init__(self) -> None:
-        self._ring: Rows = np.empty((WINDOW_LITERALS, PAGE_BYTES), np.uint8)
+    def __init__(self, window: int = WINDOW_LITERALS) -> None:
+        self._window = window
+        self._ring: Rows = np.empty((window, PAGE_BYTES), np.uint8)
         self._bytes = self._ring.reshape(-1)
         self._end = 0
         self._anchors: dict[int, int] = {}
@@ -55,15 +56,15 @@ class SpanFinder:
 
     def add(self, row: Rows, anchor: int | None = None, offset: int = 0) -> None:
         """The next literal; one without an anchor is not looked for."""
-        if len(self._order) == WINDOW_LITERALS:
-            first = self._end - WINDOW_LITERALS * PAGE_BYTES
+        if len(self._order) == self._window:
+            first = self._end - self._window * PAGE_BYTES
             forgotten = self._order.popleft()
             if forgotten is not None and first <= self._anchors.get(forgotten, -1) < first + PAGE_BYTES:
                 del self._anchors[forgotten]
         self._order.append(anchor)
         if anchor is not None:
             self._anchors[anchor] = self._end + offset
-        self._ring[self._end // PAGE_BYTES % WINDOW_LITERALS] = row
+        self._ring[self._end // PAGE_BYTES % self._window] = row
         self._end += PAGE_BYTES
 
     def _at(self, start: int) -> bytes:
@@ -71,3 +72,18 @@ class SpanFinder:
         at = start % self._bytes.size
         content = self._bytes[at : at + PAGE_BYTES].tobytes()
         return content + self._bytes[: PAGE_BYTES - len(content)].tobytes()
+
+
+class NoSpans:
+    """Finds nothing and keeps nothing: for who would rather send a page than look for it."""
+
+    def anchors(self, rows: Rows) -> tuple[NDArray[np.uint64], NDArray[np.intp]]:
+        """No page has an anchor."""
+        return np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.intp)
+
+    def find(self, row: Rows, anchor: int, offset: int, oldest: int) -> int | None:
+        """Nowhere."""
+        return None
+
+    def add(self, row: Rows, anchor: int | None = None, offset: int = 0) -> None:
+        """Nothing is kept."""

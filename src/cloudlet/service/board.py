@@ -17,6 +17,7 @@ from taskflow.jobs.backends.impl_redis import RedisJob, RedisJobBoard
 from taskflow.jobs.base import JobPriority
 
 from cloudlet.errors import FailedError, UsageError
+from cloudlet.service.steps import Lane
 from cloudlet.store.rows import Operation
 
 LOG = log.getLogger(__name__)
@@ -46,13 +47,13 @@ class Board:
                 f"the job board {self._where} cannot be reached", hint="start Redis, or correct job_board"
             ) from error
 
-    def post(self, operation: Operation, *, urgent: bool) -> None:
+    def post(self, operation: Operation, lane: Lane) -> None:
         """Offer an operation to the conductors. If the board is away, it is offered when it is back."""
         with self._tolerant():
             self._board.post(
                 operation.kind,
-                details={"operation": operation.id, "subject": operation.subject, "urgent": urgent},
-                priority=JobPriority.HIGH if urgent else JobPriority.NORMAL,
+                details={"operation": operation.id, "subject": operation.subject, "lane": lane},
+                priority=JobPriority.HIGH if lane is Lane.URGENT else JobPriority.NORMAL,
             )
 
     def known(self) -> set[str] | None:
@@ -127,9 +128,9 @@ def subject_of(job: RedisJob) -> str:
     return str(job.details["subject"])
 
 
-def is_urgent(job: RedisJob) -> bool:
-    """Whether a job waits for no other that takes long."""
-    return bool(job.details.get("urgent"))
+def lane_of(job: RedisJob) -> Lane:
+    """Among which others a job waits."""
+    return Lane(job.details.get("lane", Lane.LONG))
 
 
 def _parse(url: str) -> dict[str, object]:

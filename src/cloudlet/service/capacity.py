@@ -23,7 +23,7 @@ _LOCK, _STATE = "capacity", "state"
 SHUTDOWN = "shutdown"
 """The fact that the machine is about to be shut down."""
 _UP = CloudletState.UP
-_TAKES_NOTHING = (InstanceState.FAILED, InstanceState.SUSPENDED)
+_TAKES_NOTHING = (InstanceState.FAILED, InstanceState.SUSPENDED, InstanceState.MOVED)
 
 # Written once: to write a query costs more than to answer it.
 _COUNT = tables.counters.c

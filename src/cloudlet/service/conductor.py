@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from oslo_log import log
 from taskflow.jobs.backends.impl_redis import RedisJob
 
-from cloudlet.service.board import CLAIM_SECONDS, Board, is_urgent, operation_of, subject_of
+from cloudlet.service.board import CLAIM_SECONDS, Board, lane_of, operation_of, subject_of
+from cloudlet.service.steps import Lane
 
 LOG = log.getLogger(__name__)
 _LOOK_SECONDS, _IDLE_SECONDS = 0.02, 0.2
@@ -27,7 +28,7 @@ _CANCEL_SECONDS = 0.5
 
 
 class Conductor:
-    """The threads of a process that work on what is on a board; ``threads`` for urgent jobs, and others."""
+    """The threads of a process that work on what is on a board; ``threads`` for each lane, or a multiple."""
 
     def __init__(
         self, board: Board, perform: Callable[[str], bool], hear_cancelled: Callable[[], None], threads: int
@@ -37,7 +38,8 @@ class Conductor:
         self._perform = perform
         self._hear_cancelled = hear_cancelled
         self._most = threads
-        self._pool = ThreadPoolExecutor(2 * threads, thread_name_prefix="conductor")
+        most = sum(lane.threads(threads) for lane in Lane)
+        self._pool = ThreadPoolExecutor(most, thread_name_prefix="conductor")
         self._lock = threading.Lock()
         self._held: dict[str, RedisJob] = {}
         self._closed = threading.Event()
@@ -69,9 +71,9 @@ class Conductor:
 
     def _take_one(self, job: RedisJob) -> bool:
         with self._lock:
-            urgent = is_urgent(job)
-            alike = sum(is_urgent(held) is urgent for held in self._held.values())
-            if job.uuid in self._held or alike >= self._most or self._closed.is_set():
+            lane = lane_of(job)
+            alike = sum(lane_of(held) is lane for held in self._held.values())
+            if job.uuid in self._held or alike >= lane.threads(self._most) or self._closed.is_set():
                 return False
             if subject_of(job) in map(subject_of, self._held.values()):
                 return False  # when what is being done with the same has ended

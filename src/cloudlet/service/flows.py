@@ -15,8 +15,10 @@ from sqlalchemy.engine import Connection
 from cloudlet.errors import CloudletError, ConflictError, NotFoundError
 from cloudlet.keeper.order import KeeperState, Order, Status, describe, raised
 from cloudlet.service import overlays
+from cloudlet.service.emptying import DRAIN_FLOWS
 from cloudlet.service.keeping import endpoints_of
-from cloudlet.service.steps import Flow, Running, Step
+from cloudlet.service.moving import HANDOFF_FLOWS
+from cloudlet.service.steps import Flow, Lane, Running, Step
 from cloudlet.store import journal
 from cloudlet.store.rows import INSTANCES, OVERLAYS, FileState, Instance, InstanceState
 
@@ -115,7 +117,8 @@ class Forget(_OfInstance):
             except NotFoundError:
                 return
             INSTANCES.delete(connection, instance.id)
-            journal.emit(connection, "instance", "deleted", instance)
+            elsewhere = {"moved_to": instance.moved_to} if instance.moved_to else {}
+            journal.emit(connection, "instance", "deleted", instance, **elsewhere)
 
         self.site.database.write(remove)
         self.site.blobs.release(f"instance:{self.instance_id}")
@@ -320,12 +323,14 @@ def _base_rejected(running: Running, error: CloudletError) -> None:
 FLOWS: dict[str, Flow] = {
     "instance.create": Flow((Start, Synthesise), _instance_failed),
     "instance.restart": Flow((Start, Synthesise), _instance_failed),
-    "instance.delete": Flow((Stop, Forget), can_be_cancelled=False, urgent=True),
+    "instance.delete": Flow((Stop, Forget), can_be_cancelled=False, lane=Lane.URGENT),
     "instance.save": Flow((Save, Keep), _overlay_rejected),
     "instance.suspend": Flow((Suspend, Suspended)),
     "instance.resume": Flow((Resume, Resumed), _still_suspended),
     "base.import": Flow((ImportBase,), _base_rejected),
     "base.fetch": Flow((FetchBase, ImportBase), _base_rejected),
+    **HANDOFF_FLOWS,
+    **DRAIN_FLOWS,
     "app.prestage": Flow((Fetch,), _not_fetched),
 }
 

@@ -119,6 +119,7 @@ class Instances:
 
         def renew(connection: Connection) -> tuple[Instance, bool]:
             before = INSTANCES.get(connection, instance.id, lock=True)
+            check_here(before)
             states = (*_RUNNING, InstanceState.EXPIRED, InstanceState.REQUESTED, InstanceState.SYNTHESISING)
             expired = before.state is InstanceState.EXPIRED
             changes: dict[str, Any] = {"state": InstanceState.ACTIVE} if expired else {}
@@ -143,10 +144,16 @@ class Instances:
         return after
 
     def describe(self, instance: Instance, **changes: Any) -> Instance:
-        """Change an instance's name or metadata."""
-        return self._site.database.write(
-            lambda connection: INSTANCES.update(connection, instance.id, **changes)
-        )
+        """Change an instance's name or metadata.
+
+        :raises ConflictError: it is at another site.
+        """
+
+        def change(connection: Connection) -> Instance:
+            check_here(INSTANCES.get(connection, instance.id, lock=True))
+            return INSTANCES.update(connection, instance.id, **changes)
+
+        return self._site.database.write(change)
 
     def pause(self, instance: Instance) -> Instance:
         """Stop the machine's CPUs."""
@@ -170,10 +177,7 @@ class Instances:
 
         def begin(connection: Connection) -> Operation:
             before = INSTANCES.get(connection, instance.id, lock=True)
-            if before.state not in _RUNNING:
-                raise ConflictError(
-                    f"instance {instance.id} is {before.state}", hint="wait until it is active"
-                )
+            _check_runs(before)
             paused = before.state is InstanceState.PAUSED
             # Who has paused an instance resumes it: it waits for that in a file instead of in memory.
             INSTANCES.update(connection, instance.id, resume_at_start=until_start and not paused)
@@ -185,11 +189,7 @@ class Instances:
         """Make an overlay of what the machine is now."""
 
         def begin(connection: Connection) -> Operation:
-            before = INSTANCES.get(connection, instance.id)
-            if before.state not in _RUNNING:
-                raise ConflictError(
-                    f"instance {instance.id} is {before.state}", hint="wait until it is active"
-                )
+            _check_runs(INSTANCES.get(connection, instance.id))
             OVERLAYS.insert(connection, overlay)
             journal.emit(connection, "overlay", "queued", overlay, name=overlay.name, saved_from=instance.id)
             begun = self._begin(connection, "instance.save", instance, overlay=overlay.id)
@@ -201,7 +201,8 @@ class Instances:
     def delete(self, instance: Instance, only_if: Mapping[str, Any] | None = None) -> Operation:
         """End the machine and forget the instance; what is being done with it is cancelled.
 
-        Who asks again is told of the same operation.
+        Who asks again is told of the same operation. Of an instance that has left for another site it is the
+        row here that goes, and nobody is shown the way there any more.
 
         :param only_if: what its row has to say.
         :raises ConflictError: it does not.
@@ -231,6 +232,7 @@ class Instances:
 
         :raises ConflictError: there is no machine.
         """
+        check_here(instance)
         status = self._site.keeping.status(instance.id)
         try:
             if not status or not status.folder:
@@ -330,6 +332,7 @@ class Instances:
         """Change the state, and have the keeper do it; if it cannot, the state is as before."""
 
         def change(connection: Connection) -> Instance:
+            check_here(INSTANCES.get(connection, instance.id, lock=True))
             after = INSTANCES.update(connection, instance.id, where={"state": before}, state=state)
             journal.emit(connection, "instance", event, after)
             return after
@@ -368,6 +371,23 @@ class Instances:
         begun: Operation = self._site.database.write(begin)
         self._site.work.submit(begun)
         return begun
+
+
+def check_here(instance: Instance) -> None:
+    """Refuse what cannot be done here with an instance that has left, and say where it is.
+
+    :raises ConflictError: it has.
+    """
+    if instance.state is InstanceState.MOVED:
+        there = instance.moved_to or {}
+        place = there.get("url") or f"the cloudlet {there.get('cloudlet_id')}"
+        raise ConflictError(f"instance {instance.id} is moved: it is at {place}", hint="ask for it there")
+
+
+def _check_runs(instance: Instance) -> None:
+    check_here(instance)
+    if instance.state not in _RUNNING:
+        raise ConflictError(f"instance {instance.id} is {instance.state}", hint="wait until it is active")
 
 
 def _published(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oslo_log import log
@@ -86,12 +87,17 @@ class Keeping:
         :raises FailedError: it does not begin.
         """
         status = self.keepers.status(instance_id)
-        if status and (status.state is KeeperState.ENDED or not self.keepers.lives(instance_id)):
+        over = (KeeperState.ENDED, KeeperState.MOVED)
+        if status and (status.state in over or not self.keepers.lives(instance_id)):
             # Of an earlier try, or of the machine that is to be started again.
             self.end(instance_id)
         with self._changed:
             self._statuses.pop(instance_id, None)  # of a keeper before it, which another process has ended
         self.keepers.start(instance_id, order)
+
+    def folder(self, instance_id: str) -> Path:
+        """Where the keeper of an instance keeps what it has decided."""
+        return self._site.options.machine.keepers_dir / instance_id
 
     def end(self, instance_id: str) -> None:
         """End the machine of an instance, if there is one, and forget what its keeper said."""
@@ -170,26 +176,30 @@ class Keeping:
         if not status:
             return
         try:
-            if status.state is KeeperState.ENDED:
-                self._machine_ended(instance_id, status)
+            instance = self._site.database.read(lambda connection: INSTANCES.get(connection, instance_id))
+            if instance.state is InstanceState.MOVING:
+                self._site.arrivals.look_at(instance, status)
+            elif status.state is KeeperState.ENDED:
+                self._machine_ended(instance, status)
             elif status.state is KeeperState.READY:
-                self._note(instance_id, status)
+                self._note(instance, status)
         except NotFoundError:
-            pass  # it was deleted meanwhile
+            if status.state is KeeperState.ENDED:
+                self.end(instance_id)  # it is in no row any more, or never came to be in one
         except Exception:
             LOG.exception("what became of instance %s could not be noted", instance_id)
 
-    def _note(self, instance_id: str, status: Status) -> None:
+    def _note(self, instance: Instance, status: Status) -> None:
         """Have the row say what the keeper says, where that may change by itself."""
         timings = dict(status.timings)
-        instance = self._site.database.read(lambda connection: INSTANCES.get(connection, instance_id))
         if instance.state in _RUNNING and dict(instance.timings) != timings:
             self._site.database.write(
-                lambda connection: INSTANCES.update(connection, instance_id, timings=timings)
+                lambda connection: INSTANCES.update(connection, instance.id, timings=timings)
             )
 
-    def _machine_ended(self, instance_id: str, status: Status) -> None:
-        instance = self._site.database.read(lambda connection: INSTANCES.get(connection, instance_id))
+    def _machine_ended(self, instance: Instance, status: Status) -> None:
+        if instance.state is InstanceState.MOVED:
+            self.end(instance.id)  # nobody is shown the way any more
         # What the site itself ends has another state before.
         if instance.state in _RUNNING:
             self._ended(instance, dict(status.error or describe(FailedError("it ended by itself"))))

@@ -13,7 +13,11 @@ from oslo_config import cfg
 from cloudlet.errors import UsageError
 from cloudlet.model import GIBIBYTE, MEBIBYTE
 from cloudlet.settings import Settings, config_dir
+from cloudlet.transfer.description import check_url
 from cloudlet.transfer.networks import Networks
+
+EVERY_ADDRESS = ("0.0.0.0", "::")
+"""Hosts to listen at that lead nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,22 @@ class Listening:
 
 
 @dataclass(frozen=True, slots=True)
+class Peering:
+    """How other cloudlets reach this one, and how a hand-off treats them."""
+
+    listening: Listening | None
+    """Where only they are served; None: nowhere."""
+    url: str
+    """What they are told; empty where nothing is configured, or the kernel chooses the port."""
+    certificate: Path | None
+    """What another TLS server shows at ``url``; None: that is the site's own certificate."""
+    patience_seconds: float
+    grace_seconds: float
+    bytes_per_second: float | None
+    """At which a hand-off sends; None: as fast as it can."""
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """The settings of a service."""
 
@@ -78,6 +98,8 @@ class Options:
     transfers: int
     most_body_bytes: int
     publish_address: str
+    public_url: str
+    """Where users reach the API; empty where nobody knows."""
     tls: tuple[Path, Path] | None
     policy_file: Path | None
     limits: Limits
@@ -93,6 +115,7 @@ class Options:
     webhook_attempts: int
     webhook_networks: Networks
     fetch_networks: Networks
+    peers: Peering
     keystone: cfg.ConfigOpts
     """The files, for what they say in ``[keystone_authtoken]``."""
 
@@ -129,6 +152,7 @@ def read_options(conf: cfg.ConfigOpts, machine: Settings, listen: str | None = N
         transfers=conf.api.transfers,
         most_body_bytes=conf.api.most_body_kib << 10,
         publish_address=conf.api.publish_address or listening.host or "127.0.0.1",
+        public_url=(conf.api.public_url or _own_url(listening, encrypted=bool(certificate))).rstrip("/"),
         tls=(Path(certificate), Path(key)) if certificate else None,
         policy_file=Path(conf.api.policy_file) if conf.api.policy_file else None,
         limits=_limits(conf),
@@ -146,6 +170,7 @@ def read_options(conf: cfg.ConfigOpts, machine: Settings, listen: str | None = N
         webhook_attempts=conf.webhooks.attempts,
         webhook_networks=_networks("webhooks.allowed_networks", conf.webhooks.allowed_networks),
         fetch_networks=_networks("api.fetch_networks", machine.fetch_networks),
+        peers=_peering(conf),
         keystone=conf,
     )
 
@@ -155,6 +180,47 @@ def _networks(option: str, given: Iterable[str]) -> Networks:
         return Networks(given)
     except UsageError as error:
         raise UsageError(f"{option}: {error.message}", hint=error.hint) from error
+
+
+def _peering(conf: cfg.ConfigOpts) -> Peering:
+    peers = conf.peers
+    listening = Listening.parse(peers.listen) if peers.listen else None
+    if listening and listening.path:
+        raise UsageError("[peers] listen is no Unix socket", hint="write HOST:PORT: peers come by TLS")
+    if peers.url:
+        check_url(peers.url, "[peers] url")
+    elif listening and listening.host in ("0.0.0.0", "::"):
+        raise UsageError(
+            f"[peers] url is missing: peers cannot be told {listening.host}",
+            hint="set it to https://NAME:PORT, as they reach this site",
+        )
+    if peers.tls_certificate and not peers.url:
+        raise UsageError(
+            "[peers] tls_certificate is for another TLS server", hint="set [peers] url to where that is"
+        )
+    return Peering(
+        listening=listening,
+        url=peers.url.rstrip("/") if peers.url else _url_of(listening),
+        certificate=Path(peers.tls_certificate) if peers.tls_certificate else None,
+        patience_seconds=peers.patience_seconds,
+        grace_seconds=peers.grace_seconds,
+        bytes_per_second=peers.bandwidth_mbit * 1e6 / 8 or None,
+    )
+
+
+def _own_url(listening: Listening, *, encrypted: bool) -> str:
+    """Where the API is reached, as far as its settings say."""
+    if not listening.port or listening.host in EVERY_ADDRESS:
+        return ""
+    host = f"[{listening.host}]" if ":" in listening.host else listening.host
+    return f"{'https' if encrypted else 'http'}://{host}:{listening.port}"
+
+
+def _url_of(listening: Listening | None) -> str:
+    if not listening or not listening.port:
+        return ""
+    host = f"[{listening.host}]" if ":" in listening.host else listening.host
+    return f"https://{host}:{listening.port}"
 
 
 def _limits(conf: cfg.ConfigOpts) -> Limits:

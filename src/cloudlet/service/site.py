@@ -12,7 +12,10 @@ from cloudlet.control.site import Site
 from cloudlet.errors import NotFoundError, UsageError
 from cloudlet.service.alone import Alone
 from cloudlet.service.apps import Apps
+from cloudlet.service.arrivals import Arrivals
 from cloudlet.service.bases import Bases
+from cloudlet.service.departures import Departures
+from cloudlet.service.draining import Draining
 from cloudlet.service.engine import create_tables
 from cloudlet.service.flows import FLOWS
 from cloudlet.service.housekeeping import Housekeeping
@@ -23,6 +26,7 @@ from cloudlet.service.meters import Meters
 from cloudlet.service.news import News
 from cloudlet.service.options import Options
 from cloudlet.service.overlays import Overlays
+from cloudlet.service.peers import Peers
 from cloudlet.service.shutdown import Shutdown
 from cloudlet.service.steps import Observer
 from cloudlet.service.tidying import Tidying
@@ -57,6 +61,8 @@ class ServedSite:
         self.database = database
         self.id = database.fact("site_id")
         self.name = socket.gethostname()
+        self.api_url = options.public_url
+        """Where users reach the API, told to those whose instance has come here. Empty: nobody knows."""
         self.alone = Alone(options.machine.state_dir / "alone.lock")
         self.meters = Meters()
         self.blobs = BlobStore(database, options.blobs_dir, options.limits.blob_cache_bytes)
@@ -68,6 +74,10 @@ class ServedSite:
         self.overlays = Overlays(self)
         self.apps = Apps(self)
         self.instances = Instances(self)
+        self.peers = Peers(self)
+        self.departures = Departures(self)
+        self.arrivals = Arrivals(self)
+        self.draining = Draining(self)
         self.leases = Leases(self)
         self.shutdown = Shutdown(self)
         self.tidying = Tidying(self)
@@ -98,9 +108,19 @@ class ServedSite:
         return site
 
     def reload(self, options: Options) -> None:
-        """Take over what may change while it runs: limits, leases, and how long things are kept."""
+        """Take over what may change while it runs: limits, leases, how long things are kept, hand-offs."""
+        peers = replace(
+            self.options.peers,
+            patience_seconds=options.peers.patience_seconds,
+            grace_seconds=options.peers.grace_seconds,
+            bytes_per_second=options.peers.bytes_per_second,
+        )
         self.options = replace(
-            self.options, limits=options.limits, leases=options.leases, keep_days=options.keep_days
+            self.options,
+            limits=options.limits,
+            leases=options.leases,
+            keep_days=options.keep_days,
+            peers=peers,
         )
         self.blobs.limit = options.limits.blob_cache_bytes
         self.leases.look()

@@ -7,6 +7,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from taskflow import task
@@ -17,6 +18,7 @@ from cloudlet.store.rows import OPERATIONS, Operation, OperationState
 if TYPE_CHECKING:
     from cloudlet.service.site import ServedSite
 
+_MANY = 8
 _NOTED_SECONDS = 0.5
 """Between two notes of a step's progress."""
 
@@ -59,6 +61,10 @@ class Running:
         :raises CancelledError: it was.
         """
         self.check()
+        self.note(done, total)
+
+    def note(self, done: int, total: int) -> None:
+        """The same, also of a step that was cancelled."""
         step = next(step for step in self._steps if step["state"] == OperationState.RUNNING)
         step["bytes_done"], step["bytes_total"] = done, total
         if time.monotonic() - self._noted > _NOTED_SECONDS:
@@ -133,6 +139,20 @@ GaveUp = Callable[[Running, CloudletError], None]
 """Says in the rows that an operation came to nothing, and why; can be done again."""
 
 
+class Lane(StrEnum):
+    """Among which others an operation waits until somebody is free to work on it."""
+
+    LONG = "long"
+    URGENT = "urgent"
+    """Those that give back what others wait for."""
+    WAITING = "waiting"
+    """Those that do little but wait themselves, so that many are worked on at a time."""
+
+    def threads(self, usual: int) -> int:
+        """How many of a lane a process works on at a time."""
+        return usual * _MANY if self is Lane.WAITING else usual
+
+
 @dataclass(frozen=True, slots=True)
 class Flow:
     """What an operation of a kind consists of."""
@@ -141,5 +161,4 @@ class Flow:
     gave_up: GaveUp = _nothing
     """Called when all that was done is undone, whichever step it was that failed."""
     can_be_cancelled: bool = True
-    urgent: bool = False
-    """Whether it waits for no other that takes long: it gives back what those wait for."""
+    lane: Lane = Lane.LONG

@@ -23,7 +23,7 @@ from sqlalchemy.engine import Connection
 from cloudlet.errors import CloudletError, ConflictError
 from cloudlet.keeper.order import describe
 from cloudlet.service.engine import Engine
-from cloudlet.service.steps import CancelledError, Flow, Observer, Running
+from cloudlet.service.steps import CancelledError, Flow, Lane, Observer, Running
 from cloudlet.store import journal
 from cloudlet.store.rows import OPERATIONS, Operation, OperationState, now
 
@@ -36,8 +36,8 @@ LOG = log.getLogger(__name__)
 class Queue(Protocol):
     """Operations on their way to who works on them."""
 
-    def post(self, operation: Operation, *, urgent: bool) -> None:
-        """Have an operation worked on soon, an urgent one before others; one that is known is not taken."""
+    def post(self, operation: Operation, lane: Lane) -> None:
+        """Have an operation worked on, when somebody of its lane is free; one that is known is not taken."""
 
     def known(self) -> set[str] | None:
         """The ids of those that are waiting or being worked on; None if nobody knows just now."""
@@ -52,21 +52,20 @@ class Here:
     def __init__(self, perform: Callable[[str], bool], threads: int) -> None:
         self._perform = perform
         self._pools = {
-            urgent: ThreadPoolExecutor(threads, thread_name_prefix="urgent" if urgent else "work")
-            for urgent in (False, True)
+            lane: ThreadPoolExecutor(lane.threads(threads), thread_name_prefix=lane) for lane in Lane
         }
         self._lock = threading.Lock()
-        self._waiting: dict[str, deque[tuple[str, bool]]] = {}
-        """By subject, in the order in which they came: ids, and whether they are urgent."""
+        self._waiting: dict[str, deque[tuple[str, Lane]]] = {}
+        """By subject, in the order in which they came."""
         self._working: dict[str, str] = {}
         """By subject, the operation that is worked on."""
 
-    def post(self, operation: Operation, *, urgent: bool) -> None:
+    def post(self, operation: Operation, lane: Lane) -> None:
         with self._lock:
             if operation.id in self._known():
                 return
-            self._waiting.setdefault(operation.subject, deque()).append((operation.id, urgent))
-        self._have_done(operation.subject, urgent=urgent)
+            self._waiting.setdefault(operation.subject, deque()).append((operation.id, lane))
+        self._have_done(operation.subject, lane)
 
     def known(self) -> set[str]:
         with self._lock:
@@ -80,9 +79,9 @@ class Here:
         waiting = {operation_id for ids in self._waiting.values() for operation_id, _ in ids}
         return waiting.union(self._working.values())
 
-    def _have_done(self, subject: str, *, urgent: bool) -> None:
+    def _have_done(self, subject: str, lane: Lane) -> None:
         with suppress(RuntimeError):  # closed: the next process finds it in the rows
-            self._pools[urgent].submit(self._do_next, subject)
+            self._pools[lane].submit(self._do_next, subject)
 
     def _do_next(self, subject: str) -> None:
         """Do the first that waits, unless one is being done: then who does that comes here again."""
@@ -96,10 +95,9 @@ class Here:
         finally:
             with self._lock:
                 del self._working[subject]
-                following = self._waiting[subject] or self._waiting.pop(subject)
-                urgent = any(urgent for _, urgent in following)
-            if following:
-                self._have_done(subject, urgent=urgent)
+                lanes = [lane for _, lane in self._waiting[subject] or self._waiting.pop(subject)]
+            if lanes:
+                self._have_done(subject, Lane.URGENT if Lane.URGENT in lanes else lanes[0])
 
 
 class Work:
@@ -134,7 +132,7 @@ class Work:
     def submit(self, operation: Operation) -> None:
         """Have an operation done, as soon as somebody is free."""
         if not self._closed:
-            self._queue.post(operation, urgent=self._flows[operation.kind].urgent)
+            self._queue.post(operation, self._flows[operation.kind].lane)
 
     def resume(self) -> list[Operation]:
         """Have all operations done that nobody has ended and nobody works on; they."""
@@ -167,9 +165,9 @@ class Work:
         self._stop(operation_id)
         return operation
 
-    def open_on(self, connection: Connection, instance_id: str) -> list[Operation]:
-        """What is being done with an instance, or is about to be, in order."""
-        return OPERATIONS.list(connection, state=_OPEN, subject=instance_id)
+    def open_on(self, connection: Connection, subject: str) -> list[Operation]:
+        """What is being done with an instance, or the site itself, or is about to be, in order."""
+        return OPERATIONS.list(connection, state=_OPEN, subject=subject)
 
     def cancel_others(self, instance_id: str, besides: str) -> None:
         """Cancel what is being done with an instance, or is about to be."""
@@ -275,12 +273,14 @@ class Work:
 
 
 _OPEN = (OperationState.PENDING, OperationState.RUNNING)
+_SUBJECTS = ("instance", "overlay", "base", "cloudlet")
+"""Nouns, of which the first that an operation works on is what it must be alone with."""
 
 
 def operation(kind: str, of: Any, resources: Mapping[str, str], **input_: Any) -> Operation:
     """A new operation on what somebody owns."""
     moment = now()
-    subject = next(resources[noun] for noun in ("instance", "overlay", "base") if noun in resources)
+    subject = next(resources[noun] for noun in _SUBJECTS if noun in resources)
     return Operation(
         project_id=of.project_id, user_id=of.user_id, created_at=moment, updated_at=moment, kind=kind,
         resources=dict(resources), input=input_, subject=subject,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from blake3 import blake3
@@ -47,10 +47,23 @@ class Signer:
 
     name: str
     key_id: bytes
-    _private: Ed25519PrivateKey
+    private: Ed25519PrivateKey = field(repr=False)
+    """For what signs in a form of its own, such as a token; it leaves this process nowhere."""
+    file: Path
+    """Where it is, for what reads keys by itself, such as TLS."""
 
     def __call__(self, message: bytes) -> tuple[bytes, bytes]:
-        return self.key_id, self._private.sign(message)
+        return self.key_id, self.private.sign(message)
+
+    @property
+    def public_raw(self) -> bytes:
+        """The public half, 32 bytes."""
+        return self.private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+
+    @property
+    def public_pem(self) -> bytes:
+        """The public half, as PEM."""
+        return self.private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 class KeyRing:
@@ -123,7 +136,7 @@ class KeyRing:
         """
         _check_name(name)
         private = self._load_private(name)
-        return Signer(name, key_id(private.public_key()), private)
+        return Signer(name, key_id(private.public_key()), private, self._signing / f"{name}.pem")
 
     def verify(self, wanted: bytes, message: bytes, signature: bytes) -> str:
         """The name of the trusted key that signed ``message``.

@@ -42,6 +42,13 @@ class CloudletState(StrEnum):
     DRAINING = "draining"
 
 
+class PeerState(StrEnum):
+    """Whether another cloudlet is dealt with."""
+
+    TRUSTED = "trusted"
+    BLOCKED = "blocked"
+
+
 class FileState(StrEnum):
     """Where a base or an overlay is on its way into the site."""
 
@@ -58,6 +65,10 @@ class InstanceState(StrEnum):
     REQUESTED = "requested"
     SYNTHESISING = "synthesising"
     ACTIVE = "active"
+    MOVING = "moving"
+    """On its way to another site, or from one."""
+    MOVED = "moved"
+    """At another site: ``moved_to`` says where."""
     PAUSED = "paused"
     SUSPENDED = "suspended"
     EXPIRED = "expired"
@@ -161,6 +172,10 @@ class Instance(Owned):
     restarts: int = 0
     resume_at_start: bool = False
     """Whether it was suspended only because the machine was shut down."""
+    epoch: int = 1
+    """How often it has come to another site, and one more."""
+    moved_to: Mapping[str, Any] | None = None
+    """Where it is, if it has left."""
     error: Mapping[str, Any] | None = None
 
 
@@ -173,6 +188,8 @@ class Operation(Owned):
     resources: Mapping[str, str] = field(default_factory=dict)
     """What it works on: the noun and the id."""
     input: Mapping[str, Any] = field(default_factory=dict)
+    output: Mapping[str, Any] | None = None
+    """What came of it, besides what its resources say; of some kinds already while it goes on."""
     steps: Sequence[Mapping[str, Any]] = ()
     error: Mapping[str, Any] | None = None
     cancelled: bool = False
@@ -194,6 +211,71 @@ class Webhook(Owned):
     """Whether it gets the events of all users."""
     after: int
     """The number of the last event that was looked at for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer(Owned):
+    """Another cloudlet, under its own id, with the key that its operator has confirmed."""
+
+    name: str
+    url: str
+    public_key: str
+    """Of Ed25519: its 32 bytes, in base64."""
+    fingerprint: str
+    """Of the key: BLAKE3, as hexadecimal digits."""
+    certificate: str = ""
+    """SHA-256 of the certificate that another TLS server showed for it; empty: it showed its own."""
+    state: PeerState = PeerState.TRUSTED
+    capabilities: Mapping[str, Any] = field(default_factory=dict)
+    """What it said last of what it can do."""
+    seen_at: datetime | None = None
+    """When it was heard of last, whoever called."""
+    error: Mapping[str, Any] | None = None
+    """Why the last call from here did not work."""
+
+
+class Direction(StrEnum):
+    """Whether a hand-off leaves this site or comes to it."""
+
+    OUT = "out"
+    IN = "in"
+
+
+class HandoffState(StrEnum):
+    """How far a hand-off is."""
+
+    PREPARING = "preparing"
+    COPYING = "copying"
+    SWITCHING = "switching"
+    IN_DOUBT = "in_doubt"
+    """The instance stands still until the peer says whether it has it."""
+    COMPLETED = "completed"
+    REVERTED = "reverted"
+
+    @property
+    def ended(self) -> bool:
+        return self in (self.COMPLETED, self.REVERTED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handoff(Owned):
+    """An instance on its way to another site, or from one; the same id at both."""
+
+    instance_id: str
+    direction: Direction = Direction.OUT
+    peer_id: str
+    state: HandoffState = HandoffState.PREPARING
+    epoch: int
+    """The instance's at the source."""
+    paused: bool = False
+    """Whether its user had paused it before."""
+    order: Mapping[str, Any] = field(default_factory=dict)
+    """What was asked for."""
+    forecast: Mapping[str, Any] | None = None
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+    told: Mapping[str, Any] | None = None
+    """Where the instance is since."""
+    error: Mapping[str, Any] | None = None
 
 
 class Row(Protocol):
@@ -326,3 +408,5 @@ APPS = Rows("app", App, tables.apps)
 INSTANCES = Rows("instance", Instance, tables.instances)
 OPERATIONS = Rows("operation", Operation, tables.operations)
 WEBHOOKS = Rows("webhook", Webhook, tables.webhooks)
+PEERS = Rows("peer", Peer, tables.peers)
+HANDOFFS = Rows("handoff", Handoff, tables.handoffs)

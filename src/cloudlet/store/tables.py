@@ -126,6 +126,8 @@ instances = sa.Table(
     sa.Column("restart", sa.Boolean, nullable=False),
     sa.Column("restarts", sa.Integer, nullable=False),
     sa.Column("resume_at_start", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("epoch", sa.Integer, nullable=False, server_default="1"),
+    sa.Column("moved_to", sa.JSON),
     sa.Column("error", sa.JSON),
 )
 operations = sa.Table(
@@ -136,6 +138,7 @@ operations = sa.Table(
     sa.Column("state", sa.String(16), nullable=False, index=True),
     sa.Column("resources", sa.JSON, nullable=False),
     sa.Column("input", sa.JSON, nullable=False),
+    sa.Column("output", sa.JSON),
     sa.Column("steps", sa.JSON, nullable=False),
     sa.Column("error", sa.JSON),
     sa.Column("cancelled", sa.Boolean, nullable=False),
@@ -180,6 +183,36 @@ deliveries = sa.Table(
     sa.Column("next_at", Utc, nullable=False, index=True),
     sa.Column("dead", sa.Boolean, nullable=False),
     sa.Column("error", sa.Text),
+)
+peers = sa.Table(
+    "peers",
+    METADATA,
+    *_owned(),
+    sa.Column("name", _NAME, nullable=False),
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("public_key", _DIGEST, nullable=False),
+    sa.Column("fingerprint", _DIGEST, nullable=False),
+    sa.Column("certificate", _DIGEST, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("capabilities", sa.JSON, nullable=False),
+    sa.Column("seen_at", Utc),
+    sa.Column("error", sa.JSON),
+)
+handoffs = sa.Table(
+    "handoffs",
+    METADATA,
+    *_owned(),
+    sa.Column("instance_id", _ID, nullable=False, index=True),
+    sa.Column("direction", sa.String(8), nullable=False),
+    sa.Column("peer_id", _ID, nullable=False, index=True),
+    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("paused", sa.Boolean, nullable=False),
+    sa.Column("order", sa.JSON, nullable=False),
+    sa.Column("forecast", sa.JSON),
+    sa.Column("statistics", sa.JSON, nullable=False),
+    sa.Column("told", sa.JSON),
+    sa.Column("error", sa.JSON),
 )
 facts = sa.Table(
     "facts",

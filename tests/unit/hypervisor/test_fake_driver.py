@@ -13,18 +13,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cloudlet.control.publishing import create_overlay
 from cloudlet.control.readiness import wait_ready
 from cloudlet.control.site import Site
 from cloudlet.control.synthesis import resume_base, synthesise
-from cloudlet.errors import FailedError, MismatchError, NotFoundError
-from cloudlet.hypervisor.driver import Boot, Instance, RunState
+from cloudlet.errors import FailedError, MismatchError, NotFoundError, RefusedError
+from cloudlet.hypervisor.driver import Boot, Instance, Layer, RunState
 from cloudlet.hypervisor.fake.driver import FakeHypervisor
 from cloudlet.hypervisor.fake.files import page_of
 from cloudlet.hypervisor.records import records
 from cloudlet.model import MEBIBYTE, Accelerator, PublishedPort, Readiness
+from cloudlet.overlay.pagemap import PageMap
+from cloudlet.overlay.pages import runs_of
 from cloudlet.settings import Settings, load
 from cloudlet.store import bases as store
 from cloudlet.store.bases import Base, Guest
@@ -119,6 +122,18 @@ def test_a_step_of_the_recipe_that_fails(site: Site, base: Base, tmp_path: Path)
             site, base, tmp_path / "recipe", tmp_path / "overlay", build_folder=tmp_path, sign=None, say=print
         )
     assert not (tmp_path / "overlay").exists()
+
+
+def test_fake_machines_have_no_layers(site: Site, base: Base, tmp_path: Path) -> None:
+    none = runs_of(np.empty(0, np.uint32))
+    layer = Layer("ab" * 32, PageMap(none, none), tmp_path / "ram", tmp_path / "disk")
+    for attempt in (
+        lambda: site.hypervisor.receive(base.image(), layer=layer),
+        lambda: site.hypervisor.layer_pages(layer, base.machine),
+        lambda: site.hypervisor.layer_sink(base.image(), layer),
+    ):
+        with pytest.raises(RefusedError, match="all of their overlay"):
+            attempt()
 
 
 def test_the_power_button(site: Site, base: Base) -> None:

@@ -14,8 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cloudlet.errors import CorruptError
-from cloudlet.hypervisor.qemu.qcow2 import ZEROS, Qcow2Writer, held_blocks
+from cloudlet.hypervisor.qemu.qcow2 import GrowingQcow2, Qcow2Writer, held_blocks
 from cloudlet.model import GIBIBYTE
+from cloudlet.overlay.known import ZEROS
 
 BLOCK = 4096
 LARGE = 8 * GIBIBYTE
@@ -181,3 +182,95 @@ def test_one_cluster_for_all_blocks(tmp_path: Path) -> None:
         os.pwrite(file.fileno(), os.pread(file.fileno(), 8, root + 24) * 512, root)
     with pytest.raises(CorruptError, match="cannot be where it says"):
         held_blocks(tmp_path / "disk", 1 << 21)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_blocks_that_nobody_announced(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.mktemp("growing")
+    count = data.draw(st.integers(1, 3000))
+    block = st.integers(0, count - 1)
+    base = np.stack([content(number) for number in range(count)])
+    (folder / "base").write_bytes(base.tobytes())
+    writer, model = GrowingQcow2(folder / "disk", count * BLOCK), base.copy()
+    # Batches of blocks in no order, some again and again, some of them zeros.
+    for batch in data.draw(st.lists(st.lists(st.tuples(block, st.integers(0, 3)), max_size=40), max_size=12)):
+        numbers = np.array([number for number, _ in batch], np.uint32)
+        rows = np.zeros((len(batch), BLOCK), np.uint8)
+        for row, (_, mark) in zip(rows, batch, strict=True):
+            row[:] = mark
+        writer.write(numbers, rows)
+        for number, row in zip(numbers.tolist(), rows, strict=True):
+            model[number] = row
+    writer.finish()
+    writer.close()
+    writer.close()
+    assert "No errors" in tool("qemu-img", "check", "-f", "qcow2", str(folder / "disk"))
+    image = f"driver=qcow2,file.filename={folder / 'disk'}"
+    backing = f"backing.driver=raw,backing.file.filename={folder / 'base'}"
+    tool("qemu-img", "convert", "--image-opts", f"{image},{backing}", "-O", "raw", str(folder / "raw"))
+    assert (folder / "raw").read_bytes() == model.tobytes()
+    found, _ = held_blocks(folder / "disk", count * BLOCK)
+    assert set(np.flatnonzero((model != base).any(axis=1)).tolist()) <= set(found.tolist())
+
+
+@pytest.mark.parametrize("count", [0, 1, 2040, 2050, 9000])
+def test_a_large_disk_that_grows(tmp_path: Path, count: int) -> None:
+    blocks = np.unique(np.linspace(0, LARGE // BLOCK - 1, count).astype(np.uint32))
+    writer = GrowingQcow2(tmp_path / "disk", LARGE)
+    for at in range(0, len(blocks), 256):
+        part = blocks[at : at + 256]
+        writer.write(part, np.stack([content(int(block)) for block in part]))
+    writer.finish()
+    writer.close()
+    check(tmp_path / "disk", LARGE, blocks.tolist())
+    # QEMU writes on where our clusters end.
+    tool("qemu-io", "-f", "qcow2", "-c", "write -P 7 16M 12M", str(tmp_path / "disk"))
+    assert "No errors" in tool("qemu-img", "check", "-f", "qcow2", str(tmp_path / "disk"))
+
+
+def test_a_zero_block_takes_no_room(tmp_path: Path) -> None:
+    writer = GrowingQcow2(tmp_path / "disk", 1 << 30)
+    writer.write(np.arange(5000, dtype=np.uint32), np.zeros((5000, BLOCK), np.uint8))
+    writer.finish()
+    writer.close()
+    assert (tmp_path / "disk").stat().st_size < 1 << 20
+    blocks, offsets = held_blocks(tmp_path / "disk", 1 << 30)
+    assert blocks.tolist() == list(range(5000))
+    assert (offsets == ZEROS).all()
+
+
+def test_what_a_running_machine_has_not_written_yet_is_passed_over(tmp_path: Path) -> None:
+    path, size = tmp_path / "disk", 4 << 20
+    write(path, size, [3, 9, 700])
+    with path.open("r+b") as file:
+        first = int.from_bytes(os.pread(file.fileno(), 8, 4096), "big") & ~(1 << 63)
+        # A block that is compressed, one beyond the end, and a table that is beyond the end.
+        os.pwrite(file.fileno(), ((1 << 62) | 8192).to_bytes(8, "big"), first + 8 * 9)
+        os.pwrite(file.fileno(), (1 << 40).to_bytes(8, "big"), first + 8 * 11)
+    blocks, _ = held_blocks(path, size, settled=False)
+    assert blocks.tolist() == [3, 700]
+    with pytest.raises(CorruptError, match="cannot be where it says"):
+        held_blocks(path, size)
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), (1 << 40 | 1 << 63).to_bytes(8, "big"), 4096 + 8)
+    blocks, _ = held_blocks(path, size, settled=False)
+    assert blocks.tolist() == [3]
+    with pytest.raises(CorruptError, match="ends before its tables"):
+        held_blocks(path, size)
+
+
+def test_not_even_while_it_runs_may_it_say_anything(tmp_path: Path) -> None:
+    path, size = tmp_path / "disk", 64 << 20
+    write(path, size, [3])
+    with path.open("r+b") as file:
+        root = os.pread(file.fileno(), 8, 4096)
+        table = int.from_bytes(root, "big") & ~(1 << 63)
+        os.pwrite(file.fileno(), os.pread(file.fileno(), 8, table + 24) * 512, table)
+        os.pwrite(file.fileno(), root * 32, 4096)
+    with pytest.raises(CorruptError, match="cannot be where it says"):
+        held_blocks(path, size, settled=False)
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), b"\xff" * 8, 40)
+    with pytest.raises(CorruptError, match="ends before its tables"):
+        held_blocks(path, size, settled=False)

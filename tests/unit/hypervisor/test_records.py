@@ -172,6 +172,18 @@ def test_nothing_to_reap_where_there_is_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_a_signal_is_for_this_process_only() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        real = ProcessId.of(process.pid)
+        ProcessId(real.pid, real.start_time - 1).send_signal(signal.SIGKILL)
+        assert process.poll() is None
+        real.send_signal(signal.SIGSTOP)
+        assert os.waitid(os.P_PID, process.pid, os.WSTOPPED).si_status == signal.SIGSTOP
+        real.kill()
+        assert process.wait() == -signal.SIGKILL
+    real.send_signal(signal.SIGCONT)  # it is gone
+
+
 def test_a_reused_pid_is_never_touched() -> None:
     with sleeping() as process:
         earlier = ProcessId(process.pid, start_time_of(process.pid) - 1)

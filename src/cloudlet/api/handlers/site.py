@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import cloudlet
 from cloudlet.api import microversion
+from cloudlet.api.handlers.operations import accepted
 from cloudlet.api.operation import Answer, Call, Text
 from cloudlet.api.schemas.common import Link
 from cloudlet.api.schemas.site import (
     CloudletBody,
     CloudletUpdateBody,
     CloudletView,
+    DrainBody,
     VersionBody,
     VersionsBody,
     VersionView,
 )
 from cloudlet.service import capacity
-from cloudlet.store.rows import Owned
+from cloudlet.store.rows import OPERATIONS, Owned
 
 
 def versions(call: Call) -> VersionsBody:
@@ -45,6 +47,8 @@ def show(call: Call) -> CloudletBody:
             hypervisor=site.machine.hypervisor.name,
             accelerator=machine.accelerator,
             cpu_model=machine.cpu_model,
+            fingerprint=site.peers.fingerprint,
+            peers_url=site.peers.url,
             limits={
                 "instances": limits.instances,
                 "memory_bytes": limits.memory_bytes,
@@ -67,9 +71,22 @@ def update(call: Call, body: CloudletUpdateBody) -> CloudletBody:
     What is there goes on, can be renewed, paused, saved and deleted. A new instance, and one that is to come
     back from suspension, is refused until the site is up again.
     """
-    by = Owned(id=call.site.id, project_id=call.who.project_id, user_id=call.who.user_id)
-    call.site.database.write(lambda connection: capacity.become(connection, body.cloudlet.state, by))
+    call.site.draining.become(body.cloudlet.state, _operator(call))
     return show(call)
+
+
+def drain(call: Call, body: DrainBody) -> Answer:
+    """Empty this cloudlet: it admits nothing new, and hands all instances that run off to its peers.
+
+    The operation has ended well when it is decided what becomes of each; its ``output`` says that, and
+    already while it goes on: ``handed_off``, ``stays`` (it found no place, and goes on here), ``in_doubt``,
+    ``not_running``. To cancel it, or to have the cloudlet ``up`` again, keeps here what has not left.
+    """
+    if again := call.again(OPERATIONS):
+        return accepted(call, again)
+    wanted = body.drain.wanted()
+    begun = call.site.draining.begin(wanted, _operator(call), call.remember, call.request_id)
+    return accepted(call, begun)
 
 
 def openapi(call: Call) -> Text:
@@ -86,6 +103,11 @@ def healthcheck(call: Call) -> Answer:
 def metrics(call: Call) -> Text:
     """Show the figures of the site, for Prometheus."""
     return Text(call.figures(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def _operator(call: Call) -> Owned:
+    """The site, on behalf of who calls."""
+    return Owned(id=call.site.id, project_id=call.who.project_id, user_id=call.who.user_id)
 
 
 def _version(call: Call) -> VersionView:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -64,6 +64,8 @@ class InstanceView(View):
     arrival: ArrivalView | None
     lease_seconds: int | None
     expires_at: Moment | None
+    epoch: int = Field(description="how often it has come to another site, and one more")
+    moved_to: Mapping[str, Any] | None = Field(description="where it is, if it has left for another site")
     restarts: int
     error: ErrorView | None
     project_id: str
@@ -99,6 +101,8 @@ class InstanceView(View):
             arrival=arrival,
             lease_seconds=row.lease_seconds,
             expires_at=row.expires_at,
+            epoch=row.epoch,
+            moved_to=row.moved_to,
             restarts=row.restarts,
             error=error_view(row.error, "instance"),
             project_id=row.project_id,

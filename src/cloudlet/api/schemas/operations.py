@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -33,6 +33,9 @@ class OperationView(View):
     steps: list[StepView]
     error: ErrorView | None
     resources: Mapping[str, str]
+    output: Mapping[str, Any] | None = Field(
+        description="what came of it, where that is more than its resources say"
+    )
     project_id: str
     user_id: str
     request_id: str
@@ -50,6 +53,7 @@ class OperationView(View):
             steps=steps,
             error=error_view(row.error, "operation"),
             resources=row.resources,
+            output=row.output,
             project_id=row.project_id,
             user_id=row.user_id,
             request_id=row.request_id,

@@ -110,7 +110,11 @@ class Show(ShowsOne):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Columns:
-        return shown.columns(shown.instance(self.client.find_instance(parsed_args.instance)))
+        instance = self.client.find_instance(parsed_args.instance)
+        if instance.moved_to:
+            place = instance.moved_to["url"] or f"the cloudlet {instance.moved_to['cloudlet_id']}"
+            self.say(f"it is moved: it is at {place} now; cloudlet instance follow shows where it goes")
+        return shown.columns(shown.instance(instance))
 
 
 class Set(ShowsOne):

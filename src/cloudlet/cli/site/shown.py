@@ -12,7 +12,17 @@ from cloudlet.cli.command import printable
 from cloudlet.model import format_bytes
 
 if TYPE_CHECKING:
-    from cloudlet.client.resources import App, Base, Cloudlet, Event, Instance, Operation, Overlay
+    from cloudlet.client.resources import (
+        App,
+        Base,
+        Cloudlet,
+        Event,
+        Handoff,
+        Instance,
+        Operation,
+        Overlay,
+        Peer,
+    )
 
 T = TypeVar("T")
 Shown = Mapping[str, Any]
@@ -50,6 +60,21 @@ class Steps(FormattableColumn[Sequence[Mapping[str, Any]]]):
         return [dict(step) for step in self._value]
 
 
+class Fingerprint(FormattableColumn[str]):
+    """A fingerprint, as people compare it."""
+
+    def human_readable(self) -> str:
+        return grouped(self._value)
+
+    def machine_readable(self) -> str:
+        return str(self._value)
+
+
+def grouped(fingerprint: str) -> str:
+    """A fingerprint in groups of four."""
+    return ":".join(fingerprint[at : at + 4] for at in range(0, len(fingerprint), 4))
+
+
 def columns(values: Shown) -> Columns:
     """Fields, as cliff wants those of one thing."""
     return tuple(values), tuple(_clean(value) for value in values.values())
@@ -79,6 +104,8 @@ def instance(row: Instance) -> Shown:
         "arrival": Fields(row.arrival or {}),
         "lease_seconds": row.lease_seconds,
         "expires_at": row.expires_at,
+        "epoch": row.epoch,
+        "moved_to": Fields(row.moved_to or {}),
         "restarts": row.restarts,
         "error": _error(row.error),
         **_owned(row),
@@ -152,6 +179,7 @@ def operation(row: Operation) -> Shown:
         "state": row.state,
         "resources": Fields(row.resources),
         "steps": Steps(row.steps),
+        "output": Fields(row.output or {}),
         "error": _error(row.error),
         "request_id": row.request_id,
         **_owned(row),
@@ -170,6 +198,40 @@ def event(row: Event) -> Shown:
     }
 
 
+def handoff(row: Handoff) -> Shown:
+    """A hand-off."""
+    return {
+        "id": row.id,
+        "instance_id": row.instance_id,
+        "direction": row.direction,
+        "peer_id": row.peer_id,
+        "state": row.state,
+        "epoch": row.epoch,
+        "forecast": Fields(row.forecast or {}),
+        "statistics": Fields(row.statistics),
+        "moved_to": Fields(row.moved_to or {}),
+        "error": _error(row.error),
+        **_owned(row),
+    }
+
+
+def peer(row: Peer) -> Shown:
+    """A peer."""
+    return {
+        "id": row.id,
+        "name": row.name,
+        "url": row.url,
+        "state": row.state,
+        "fingerprint": Fingerprint(row.fingerprint),
+        "public_key": row.public_key,
+        "certificate": row.certificate,
+        "capabilities": Fields(row.capabilities),
+        "seen_at": row.seen_at,
+        "error": _error(row.error),
+        **_owned(row),
+    }
+
+
 def cloudlet(row: Cloudlet) -> Shown:
     """The site."""
     return {
@@ -180,12 +242,14 @@ def cloudlet(row: Cloudlet) -> Shown:
         "hypervisor": row.hypervisor,
         "accelerator": row.accelerator,
         "cpu_model": row.cpu_model,
+        "fingerprint": Fingerprint(row.fingerprint),
+        "peers_url": row.peers_url,
         "limits": Fields(row.limits),
         "used": Fields(row.used),
     }
 
 
-def _owned(row: App | Base | Instance | Operation | Overlay) -> Shown:
+def _owned(row: App | Base | Handoff | Instance | Operation | Overlay | Peer) -> Shown:
     return {
         "project_id": row.project_id,
         "user_id": row.user_id,

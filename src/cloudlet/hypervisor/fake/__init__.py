@@ -18,6 +18,7 @@ connections.py  bytes come, an answer goes
 process.py      the machine's process: monitor, sockets, the guest while it runs
 devices.py      the device state and its sections
 instance.py     one machine that runs
+rounds.py       its pages, read while it runs
 incoming.py     one machine that is being filled
 driver.py       the driver that ties them
 ==============  ======================================================================

@@ -11,20 +11,23 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cloudlet.errors import MismatchError, NotFoundError, RefusedError
-from cloudlet.hypervisor.driver import Arriving, BaseImage, Boot, Instance, Layer, Wanted
-from cloudlet.hypervisor.fake.incoming import FakeIncoming, full_disk_is_capacity
+from cloudlet.hypervisor.driver import Arriving, BaseImage, Boot, Instance, Layer, LayerSink, Wanted
+from cloudlet.hypervisor.fake.incoming import FakeIncoming, FakeReceiving, full_disk_is_capacity
 from cloudlet.hypervisor.fake.instance import DISK, RAM, FakeInstance
-from cloudlet.hypervisor.qemu.network import BoundPort, bind_ports
+from cloudlet.hypervisor.generation import read_generation_id
+from cloudlet.hypervisor.qemu.network import BoundPort, bind_ports, duplicates
 from cloudlet.hypervisor.qemu.sockets import listen
 from cloudlet.hypervisor.records import ProcessId, Record, Workspace, reap, records
 from cloudlet.model import Accelerator, Firmware, Machine, PublishedPort
+from cloudlet.overlay.known import HeldPages
+from cloudlet.overlay.pages import Space
 from cloudlet.settings import Settings
 from cloudlet.sparse import copy_data
 
@@ -87,6 +90,7 @@ class FakeHypervisor:
                 "disk": str(boot.disk.absolute()),
                 "incoming": False,
                 "optical": str(boot.optical.absolute()) if boot.optical else "",
+                "generation": "",
             }
             instance = self._start(workspace, bound, record, boot.machine, config)
             on_error.pop_all()
@@ -103,23 +107,31 @@ class FakeHypervisor:
     ) -> FakeIncoming:
         if layer:
             raise RefusedError(self.early_obstacle())
-        self.check(base.machine)
-        with ExitStack() as on_error:
-            workspace, bound = self._begin(ports, on_error)
-            _private_copy(base.ram, workspace.path / RAM)
-            _private_copy(base.disk, workspace.path / DISK)
-            record = Record(
-                id=workspace.id,
-                name=name,
-                created=time.time(),
-                base_id=base.base_id,
-                overlay_id=overlay_id,
-                detail={"base_files": [str(base.ram.absolute()), str(base.disk.absolute())]},
-            )
-            config = {"disk": str(workspace.path / DISK), "incoming": True, "optical": ""}
-            instance = self._start(workspace, bound, record, base.machine, config)
-            on_error.pop_all()
-            return FakeIncoming(instance, base)
+        return FakeIncoming(self._waiting(base, ports, name, overlay_id), base)
+
+    def receive(
+        self,
+        base: BaseImage,
+        ports: Sequence[PublishedPort] = (),
+        *,
+        name: str = "",
+        overlay_id: str = "",
+        layer: Layer | None = None,
+        generation_id: str = "",
+    ) -> FakeReceiving:
+        if layer:
+            raise RefusedError(self.early_obstacle())
+        kept = read_generation_id(generation_id)
+        instance = self._waiting(base, ports, name, overlay_id, generation=kept.hex if kept else "")
+        return FakeReceiving(instance, base)
+
+    def layer_pages(
+        self, layer: Layer, machine: Machine
+    ) -> AbstractContextManager[Mapping[Space, HeldPages]]:
+        raise RefusedError(self.early_obstacle())
+
+    def layer_sink(self, base: BaseImage, layer: Layer) -> LayerSink:
+        raise RefusedError(self.early_obstacle())
 
     def early_obstacle(self) -> str:
         return "fake machines start when all of their overlay is here"
@@ -156,6 +168,35 @@ class FakeHypervisor:
         on_error.callback(workspace.remove)
         return workspace, bound
 
+    def _waiting(
+        self,
+        base: BaseImage,
+        ports: Sequence[PublishedPort],
+        name: str,
+        overlay_id: str,
+        *,
+        generation: str = "",
+    ) -> FakeInstance:
+        """A started machine that waits for what differs from its base."""
+        self.check(base.machine)
+        with ExitStack() as on_error:
+            workspace, bound = self._begin(ports, on_error)
+            _private_copy(base.ram, workspace.path / RAM)
+            _private_copy(base.disk, workspace.path / DISK)
+            record = Record(
+                id=workspace.id,
+                name=name,
+                created=time.time(),
+                base_id=base.base_id,
+                overlay_id=overlay_id,
+                detail={"base_files": [str(base.ram.absolute()), str(base.disk.absolute())]},
+            )
+            disk = str(workspace.path / DISK)
+            config = {"disk": disk, "incoming": True, "optical": "", "generation": generation}
+            instance = self._start(workspace, bound, record, base.machine, config)
+            on_error.pop_all()
+            return instance
+
     def _start(
         self,
         workspace: Workspace,
@@ -171,19 +212,20 @@ class FakeHypervisor:
         )
         workspace.write(record)
         path = workspace.path
-        with ExitStack() as always:
+        with ExitStack() as always, ExitStack() as on_error:
             for port in bound:
                 always.callback(port.close)
+            listeners = duplicates(bound, on_error)
             channels = {
                 name: always.enter_context(listen(path / f"{name}.sock")).fileno()
                 for name in ("monitor", "agent", "console")
             }
-            listeners = [port.listener.fileno() for port in bound]
+            served = [port.listener.fileno() for port in bound]
             (path / "console.log").touch()
             everything = {
                 **config,
                 **channels,
-                "listeners": listeners,
+                "listeners": served,
                 "ram": str(path / RAM),
                 "console_log": str(path / "console.log"),
             }
@@ -193,14 +235,15 @@ class FakeHypervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[*channels.values(), *listeners],
+                pass_fds=[*channels.values(), *served],
                 env=workspace.environment(),
                 cwd="/",
                 start_new_session=True,
             )
-        record = replace(record, machine=ProcessId.of(process.pid))
-        workspace.write(record)
-        return FakeInstance(path, record, workspace, process)
+            record = replace(record, machine=ProcessId.of(process.pid))
+            workspace.write(record)
+            on_error.pop_all()
+        return FakeInstance(path, record, workspace, process, listeners)
 
 
 def _private_copy(source: Path, target: Path) -> None:

@@ -8,20 +8,22 @@ import os
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cloudlet.errors import FailedError
-from cloudlet.hypervisor.driver import BaseCapture, Capture, RunState
+from cloudlet.hypervisor.driver import BaseCapture, Capture, Listener, RunState
 from cloudlet.hypervisor.fake.devices import read_state
+from cloudlet.hypervisor.fake.rounds import FakeRounds, Files, differing, digest_files
 from cloudlet.hypervisor.qemu.agent import QemuGuestAgent
 from cloudlet.hypervisor.qemu.sockets import connect
 from cloudlet.hypervisor.records import ProcessId, Record, Workspace, cpu_seconds_of
 from cloudlet.model import PAGE_BYTES, Endpoint
-from cloudlet.overlay.pages import PageSource, equal_rows
-from cloudlet.sparse import CHUNK_BYTES, chunks, copy_data
+from cloudlet.overlay.pages import PageSource, Space
+from cloudlet.sparse import copy_data
 
 RAM, DISK = "ram", "disk.raw"
 _ANSWER_SECONDS = 20.0
@@ -36,11 +38,13 @@ class FakeInstance:
         record: Record,
         workspace: Workspace | None = None,
         process: subprocess.Popen[bytes] | None = None,
+        listeners: Sequence[Listener] = (),
     ) -> None:
         self.directory = directory
         self.record = record
         self._workspace = workspace
         self._process = process
+        self._listeners = list(listeners)
 
     @property
     def id(self) -> str:
@@ -49,6 +53,14 @@ class FakeInstance:
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
         return self.record.endpoints
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        return tuple(self._listeners)
+
+    @property
+    def layer(self) -> None:
+        """Fake machines have none."""
 
     @property
     def console_log(self) -> Path:
@@ -80,6 +92,21 @@ class FakeInstance:
             return True
         return False
 
+    def take_listeners(self) -> list[Listener]:
+        """Hand the listening sockets over: they are the caller's and survive :meth:`stop`."""
+        taken, self._listeners = self._listeners, []
+        return taken
+
+    def hold_connections(self, hold: bool) -> None:
+        """Have the machine leave its ports alone, or serve them again."""
+        self.tell("hold", hold=hold)
+
+    def generation_id(self) -> str:
+        return str(self.tell("generation"))
+
+    def announce(self) -> None:
+        """Its card is on no network with switches: there is nobody to tell."""
+
     def cpu_seconds(self) -> float:
         return cpu_seconds_of(self._machine_process().pid)
 
@@ -104,15 +131,15 @@ class FakeInstance:
         return BaseCapture(ram, state, read_state(state)[0], pause_seconds)
 
     def capture(self) -> Capture:
-        base_ram, base_disk = self.record.detail.get("base_files", ("", ""))
-        if not base_ram:
-            raise FailedError(f"instance {self.id} was booted: capture it as a base")
+        files = self._files()
         began = time.perf_counter()
         self.pause()
         state = self._device_state()
         saved = time.perf_counter()
-        ram = self._changed(RAM, Path(base_ram), "ram.pages")
-        disk = self._changed(DISK, Path(base_disk), "disk.blocks")
+        ram, disk = (
+            self._spooled(*files[space], self.directory / name)
+            for space, name in ((Space.RAM, "ram.pages"), (Space.DISK, "disk.blocks"))
+        )
         ended = time.perf_counter()
         return Capture(
             ram=ram,
@@ -123,6 +150,14 @@ class FakeInstance:
             seconds={"device state": saved - began, "memory and disk": ended - saved},
         )
 
+    def rounds(self, *, with_layer: bool) -> FakeRounds:
+        self._machine_process()
+        return FakeRounds(self._files(), self._stand_still)
+
+    def digest(self) -> bytes:
+        self._machine_process()
+        return digest_files(self._files())
+
     def wait(self, timeout: float | None = None) -> bool:
         return self.record.machine is None or self.record.machine.wait(timeout)
 
@@ -131,6 +166,8 @@ class FakeInstance:
             self.record.machine.kill()
         if self._process:
             self._process.wait(10.0)
+        for _, listener in self.take_listeners():
+            listener.close()
         if self._workspace:
             self._workspace.remove()
 
@@ -166,30 +203,31 @@ class FakeInstance:
             return "it left nothing"
         return lines[-1] if lines else "it said nothing"
 
+    def _stand_still(self) -> bytes:
+        """Pause the machine; its device state."""
+        self.pause()
+        return self._device_state()
+
     def _device_state(self) -> bytes:
         return json.dumps(self.tell("save"), separators=(",", ":")).encode()
 
-    def _changed(self, name: str, base: Path, spool: str) -> PageSource:
-        """The pages of a file that differ from the base's, copied to a file beside it."""
+    def _files(self) -> Files:
+        """The files of RAM and disk, each with its base's."""
+        bases = self.record.detail.get("base_files")
+        if not bases:
+            raise FailedError(f"instance {self.id} was booted: capture it as a base")
+        ram, disk = map(Path, bases)
+        return {Space.RAM: (self.directory / RAM, ram), Space.DISK: (self.directory / DISK, disk)}
+
+    def _spooled(self, mine: Path, base: Path, spool: Path) -> PageSource:
+        """The pages of a file that differ from the base's, copied to another."""
         numbers: list[int] = []
-        with (
-            (self.directory / name).open("rb") as mine,
-            base.open("rb") as theirs,
-            (self.directory / spool).open("wb") as out,
-        ):
-            files = (mine.fileno(), theirs.fileno())
-            # A chunk without data in either file is zeros in both.
-            for chunk in sorted({number for file in files for number, _ in chunks(file)}):
-                one, other = (_rows(file, chunk) for file in files)
-                differing = np.flatnonzero(~equal_rows(one, other))
-                out.write(one[differing].tobytes())
-                numbers += (differing + chunk * (CHUNK_BYTES // PAGE_BYTES)).tolist()
+        with mine.open("rb") as one, base.open("rb") as other, spool.open("wb") as out:
+            for some, rows in differing(one.fileno(), other.fileno()):
+                out.write(rows.tobytes())
+                numbers += some.tolist()
         if not numbers:
             return PageSource.empty()
-        data = np.memmap(self.directory / spool, np.uint8, "r").reshape(-1, PAGE_BYTES)
-        return PageSource(np.array(numbers, np.uint32), data)
-
-
-def _rows(file: int, chunk: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    raw = os.pread(file, CHUNK_BYTES, chunk * CHUNK_BYTES)
-    return np.frombuffer(raw, np.uint8).reshape(-1, PAGE_BYTES)
+        return PageSource(
+            np.array(numbers, np.uint32), np.memmap(spool, np.uint8, "r").reshape(-1, PAGE_BYTES)
+        )

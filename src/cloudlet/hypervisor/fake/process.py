@@ -1,8 +1,9 @@
 """The process of a fake machine: it holds RAM, disk and sockets, and lets the guest run, or not.
 
-One thread and two selectors. The outer one has the monitor; the inner one has all that the guest hears,
-its web ports, agent and console, and is itself in the outer one while the machine runs. So a paused
-machine answers nothing but its monitor, and its bytes stand still. Killed, it is gone like a real one.
+One thread and three selectors. The outer one has the monitor. The inner one has all that the guest hears,
+agent, console and, in a selector of their own, the web ports, and is itself in the outer one while the
+machine runs. So a paused machine answers nothing but its monitor, and its bytes stand still; and ports alone
+can be held. Killed, it is gone like a real one.
 """
 
 from __future__ import annotations
@@ -48,13 +49,16 @@ class Machine:
         self._ended = False
         self._optical = ""
         self._printed = 0
-        self._generation = os.urandom(16).hex()
+        self._generation = config["generation"] or os.urandom(16).hex()
         self._outer, self._inner = selectors.DefaultSelector(), selectors.DefaultSelector()
+        self._public = selectors.DefaultSelector()
+        self._held = False
         serve(self._outer, config["monitor"], lambda: self._monitor)
         serve(self._inner, config["agent"], lambda: lines(self._agent_end.answer))
         serve(self._inner, config["console"], lambda: lines(self._type))
         for descriptor in config["listeners"]:
-            serve(self._inner, descriptor, lambda: self._http)
+            serve(self._public, descriptor, lambda: self._http)
+        self._inner.register(self._public, selectors.EVENT_READ, self._serve_public)
 
     def run(self) -> None:
         """Run until the power goes off."""
@@ -69,6 +73,18 @@ class Machine:
                         inner.data()
                 else:
                     key.data()
+
+    def _serve_public(self) -> None:
+        for key, _ in self._public.select(0):
+            key.data()
+
+    def _hold(self, hold: bool) -> None:
+        """Leave the ports alone, or serve them again."""
+        if hold and not self._held:
+            self._inner.unregister(self._public)
+        elif self._held and not hold:
+            self._inner.register(self._public, selectors.EVENT_READ, self._serve_public)
+        self._held = hold
 
     def _load(self) -> None:
         """Take RAM and disk as they are now."""
@@ -103,8 +119,12 @@ class Machine:
         match command:
             case "status":
                 return self._state
+            case "generation":
+                return self._generation
+            case "hold":
+                self._hold(arguments["hold"])
             case "load" if self._state == "incoming":
-                self._resume(arguments["state"])
+                self._resume(arguments["state"], run=arguments["run"])
             case _ if self._state == "incoming":
                 raise RefusedByMachineError(f"{command}: the machine waits for its state")
             case "pause":
@@ -134,7 +154,7 @@ class Machine:
         }
         return [[name, instance, version, content.get(name)] for name, instance, version in DEVICES]
 
-    def _resume(self, state: list[list[Any]]) -> None:
+    def _resume(self, state: list[list[Any]], *, run: bool) -> None:
         """Load the devices. The generation ID is this machine's own, as a hypervisor's is."""
         if [tuple(section[:3]) for section in state] != list(DEVICES):
             raise RefusedByMachineError("the device state is another machine's")
@@ -144,7 +164,9 @@ class Machine:
         self._printed = int(content["serial"])
         self._load()
         self._guest.go_on(self._generation)
-        self._go()
+        self._state = "paused"
+        if run:
+            self._go()
 
     def _insert(self, image: str) -> None:
         self._guest.insert(read_image(Path(image)))

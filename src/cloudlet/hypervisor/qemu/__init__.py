@@ -11,16 +11,22 @@ memory.py          the base's RAM as a sealed memory file that instances share
 stream.py          the incoming migration stream, written by hand
 qcow2.py           the instance's disk, written while its blocks arrive
 layer.py           the files of an app's pages, on which an instance may stand
+layer_sink.py      these files written without a machine
 page_server.py     the instance's page server, which serves pages that are still coming
 hugepages.py       the kernel kept from reading a mebibyte where a page is touched
+process_memory.py  the memory of another process
 changed.py         which pages an instance has changed, and their bytes
-capture.py         what an instance has made of its base, in files
+disk.py            which blocks it has changed, and their bytes
+capture.py         both, in files
+rounds.py          both, again and again while it runs
+digest.py          one digest of all it has
 sections.py        the list of device sections in a device state
 ramblocks.py       that the guest's RAM is all the memory there is to capture
 accelerator.py     KVM where it really works, else TCG
 instance.py        one machine that runs
 incoming.py        one machine that is being filled before it runs
 early.py           one machine that is being filled while it runs
+receiving.py       one machine that comes from another site
 driver.py          the driver that ties them
 =================  ===============================================================================
 """

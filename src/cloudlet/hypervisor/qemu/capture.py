@@ -1,8 +1,8 @@
 """What a paused instance has made of its base, copied to files of its own: pages of RAM, blocks of the disk.
 
 An instance stands on its base, and, where it was started from an app's image, on a layer of the app's
-pages between them (:class:`~cloudlet.hypervisor.driver.Layer`). The kernel and QEMU's disk tell only what
-the guest has written since. So what it never wrote but the layer brings is added from the layer's files.
+pages between them (:class:`~cloudlet.hypervisor.driver.Layer`). The kernel tells only what the guest has
+written since. So what it never wrote but the layer brings is added from the layer's files.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import numpy as np
 
 from cloudlet.errors import CloudletError
 from cloudlet.hypervisor.driver import Layer
-from cloudlet.hypervisor.qemu.qcow2 import ZEROS, held_blocks
+from cloudlet.hypervisor.qemu.disk import InstanceDisk
 from cloudlet.model import PAGE_BYTES
-from cloudlet.overlay.pages import Numbers, PageSource, Space, numbers_of, runs_of
-from cloudlet.sparse import copy_some, data_ranges
+from cloudlet.overlay.known import ZEROS
+from cloudlet.overlay.pages import Numbers, PageSource, Space, numbers_of
+from cloudlet.sparse import copy_some
 
 Offsets = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -50,35 +51,15 @@ def add_layer(path: Path, private: Numbers, layer: Layer) -> Numbers:
     return numbers
 
 
-def copy_disk(disk: Path, base: Path, layer: Layer | None, disk_bytes: int, target: int) -> Numbers:
-    """Copy the changed blocks of a disk, in order, to the file ``target``; their numbers.
-
-    A block that is zeros and was zeros in the base is passed over: a guest that trims its disk gives back
-    all that is free.
-    """
-    blocks, offsets = held_blocks(disk, disk_bytes)
-    under = np.empty(0, np.int64)
-    with ExitStack() as files:
-        descriptors = [_open(files, disk)]
-        sources = np.zeros(len(blocks), np.int8)
-        if layer:
-            under, places = held_blocks(layer.disk, disk_bytes)
-            added = ~np.isin(under, blocks, assume_unique=True)
-            descriptors.append(_open(files, layer.disk))
-            sources = np.concatenate((sources, np.ones(np.count_nonzero(added), np.int8)))
-            blocks = np.concatenate((blocks, under[added]))
-            offsets = np.concatenate((offsets, places[added]))
-            order = np.argsort(blocks)
-            blocks, offsets, sources = blocks[order], offsets[order], sources[order]
-        kept = (offsets != ZEROS) | np.isin(blocks, under, assume_unique=True)
-        kept |= _filled_in(_open(files, base), blocks, ~kept)
-        blocks, offsets, sources = blocks[kept], offsets[kept], sources[kept]
-        os.ftruncate(target, len(blocks) * PAGE_BYTES)
-        rows = np.arange(len(blocks))
-        for number, descriptor in enumerate(descriptors):
-            mine = (sources == number) & (offsets != ZEROS)
-            _copy_pages(descriptor, offsets[mine] // PAGE_BYTES, target, rows[mine])
-    return np.asarray(blocks, np.uint32)
+def copy_disk(disk: InstanceDisk, target: int) -> Numbers:
+    """Copy the changed blocks of a disk whose machine is paused, in order, to ``target``; their numbers."""
+    blocks = disk.look()
+    os.ftruncate(target, len(blocks.numbers) * PAGE_BYTES)
+    rows = np.arange(len(blocks.numbers))
+    for number, descriptor in enumerate(disk.descriptors):
+        mine = (blocks.files == number) & (blocks.offsets != ZEROS)
+        _copy_pages(descriptor, blocks.offsets[mine] // PAGE_BYTES, target, rows[mine])
+    return np.asarray(blocks.numbers, np.uint32)
 
 
 def spooled(path: Path, numbers: Numbers) -> PageSource:
@@ -86,19 +67,6 @@ def spooled(path: Path, numbers: Numbers) -> PageSource:
     if not len(numbers):
         return PageSource.empty()
     return PageSource(numbers, np.memmap(path, np.uint8, "r").reshape(-1, PAGE_BYTES))
-
-
-def _filled_in(
-    base: int, blocks: Offsets, asked: np.ndarray[Any, np.dtype[np.bool_]]
-) -> np.ndarray[Any, Any]:
-    """Which of the blocks ``asked`` hold data in the base; a file system may know smaller holes."""
-    filled = np.zeros(len(blocks), np.bool_)
-    for start, length in runs_of(blocks[asked].astype(np.uint32)).tolist():
-        first = int(np.searchsorted(blocks, start))
-        for held, size in data_ranges(base, start * PAGE_BYTES, (start + length) * PAGE_BYTES):
-            low, high = held // PAGE_BYTES - start, -(-(held + size) // PAGE_BYTES) - start
-            filled[first + low : first + high] = True
-    return filled
 
 
 def _copy_pages(source: int, places: Offsets, target: int, rows: np.ndarray[Any, Any]) -> None:
@@ -117,9 +85,3 @@ def _stretches(places: Offsets, rows: np.ndarray[Any, Any]) -> Iterator[tuple[in
     if len(places):
         apart = (np.diff(places) != 1) | (np.diff(rows) != 1)
         yield from pairwise([0, *(np.flatnonzero(apart) + 1).tolist(), len(places)])
-
-
-def _open(files: ExitStack, path: Path) -> int:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    files.callback(os.close, descriptor)
-    return descriptor

@@ -2,7 +2,8 @@
 
 Source: Linux ``Documentation/admin-guide/mm/pagemap.rst``. A page of a private mapping that was written
 is anonymous: present or swapped, and no longer the file's. That may count pages that equal the base
-again, never one too few. Reading needs the same user or CAP_SYS_PTRACE; the machine must be paused.
+again, never one too few. Reading needs the same user or CAP_SYS_PTRACE. What is read of a machine that
+runs may be torn.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import errno
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cloudlet.errors import FailedError, RefusedError
+from cloudlet.hypervisor.qemu.process_memory import ProcessMemory
 from cloudlet.model import PAGE_BYTES
+from cloudlet.overlay.pages import Numbers, Rows, runs_of, zero_rows
 from cloudlet.sparse import write_at
 
 _PRESENT, _SWAPPED, _OF_FILE = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)
@@ -55,30 +57,38 @@ def find_mapping(pid: int, ram: Path, ram_bytes: int) -> Mapping:
     raise FailedError(f"process {pid} has no mapping of the base's RAM")
 
 
-def private_pages(mapping: Mapping) -> np.ndarray[Any, Any]:
+def private_pages(mapping: Mapping) -> Numbers:
     """Numbers of the pages that are no longer the base's, in order."""
-    try:
-        with Path(f"/proc/{mapping.pid}/pagemap").open("rb", buffering=0) as file:
-            raw = os.pread(file.fileno(), mapping.pages * 8, mapping.address // PAGE_BYTES * 8)
-    except PermissionError as error:
-        raise _refused() from error
-    entries = np.frombuffer(raw, np.uint64)
-    if len(entries) != mapping.pages:
-        raise FailedError(f"the page map of process {mapping.pid} ends early")
+    entries = _page_map(mapping)
     private = ((entries & (_PRESENT | _SWAPPED)) != 0) & ((entries & _OF_FILE) == 0)
     return np.flatnonzero(private).astype(np.uint32)
 
 
-def read_pages(mapping: Mapping, numbers: np.ndarray[Any, Any], target: int) -> None:
+def mapped_pages(mapping: Mapping) -> Numbers:
+    """Numbers of the pages that the process has; the others it would get from the file."""
+    return np.flatnonzero(_page_map(mapping) & (_PRESENT | _SWAPPED)).astype(np.uint32)
+
+
+def read_rows(memory: ProcessMemory, mapping: Mapping, numbers: Numbers, rows: Rows) -> None:
+    """Fill ``rows`` with pages, in the order of ``numbers`` (sorted); neighbours are read as one stretch.
+
+    :raises FailedError: the machine is gone.
+    """
+    stretches = runs_of(numbers).astype(np.uint64) * PAGE_BYTES
+    stretches[:, 0] += np.uint64(mapping.address)
+    memory.read(stretches, rows)
+
+
+def read_pages(mapping: Mapping, numbers: Numbers, target: int) -> None:
     """Copy pages, in the order of ``numbers`` (sorted), to the file ``target`` from its beginning.
 
     The machine is paused meanwhile: one buffer is written to the file while the next one is filled, and
     pages of zeros, which a guest that cleans what it frees has many of, become holes.
     """
     os.ftruncate(target, len(numbers) * PAGE_BYTES)
-    buffers = [memoryview(bytearray(_BUFFER_PAGES * PAGE_BYTES)) for _ in range(2)]
+    buffers = [np.empty((_BUFFER_PAGES, PAGE_BYTES), np.uint8) for _ in range(2)]
     with (
-        Path(f"/proc/{mapping.pid}/mem").open("rb", buffering=0) as memory,
+        open_memory(mapping.pid) as memory,
         ThreadPoolExecutor(1, thread_name_prefix="spool") as writer,
     ):
         written: list[Future[None]] = []
@@ -86,27 +96,24 @@ def read_pages(mapping: Mapping, numbers: np.ndarray[Any, Any], target: int) -> 
             if turn > 1:
                 written[turn - 2].result()
             batch = numbers[at : at + _BUFFER_PAGES]
-            room = buffers[turn % 2][: len(batch) * PAGE_BYTES]
-            _fill(memory.fileno(), mapping, batch, room)
-            written.append(writer.submit(_write_filled, target, room, at * PAGE_BYTES))
+            rows = buffers[turn % 2][: len(batch)]
+            read_rows(memory, mapping, batch, rows)
+            written.append(writer.submit(_write_filled, target, rows, at * PAGE_BYTES))
         for future in written[-2:]:
             future.result()
 
 
-def _fill(memory: int, mapping: Mapping, numbers: np.ndarray[Any, Any], room: memoryview) -> None:
-    breaks = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
-    for first, after in pairwise(breaks):
-        part = room[first * PAGE_BYTES : after * PAGE_BYTES]
-        address = mapping.address + int(numbers[first]) * PAGE_BYTES
-        if os.preadv(memory, [part], address) != len(part):
-            raise FailedError(f"cannot read the memory of process {mapping.pid} at {address:#x}")
+def open_memory(pid: int) -> ProcessMemory:
+    """The memory of a process.
 
-
-def _write_filled(target: int, room: memoryview, offset: int) -> None:
-    filled = np.frombuffer(room, np.uint64).reshape(-1, PAGE_BYTES // 8).any(axis=1)
-    edges = np.flatnonzero(np.diff(filled, prepend=False, append=False)).tolist()
-    for first, after in zip(edges[::2], edges[1::2], strict=True):
-        write_at(target, room[first * PAGE_BYTES : after * PAGE_BYTES], offset + first * PAGE_BYTES)
+    :raises RefusedError: this process may not look.
+    """
+    try:
+        return ProcessMemory(pid)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EACCES):
+            raise _refused() from error
+        raise FailedError(f"process {pid} is gone") from error
 
 
 def check_access(pid: int) -> None:
@@ -114,12 +121,28 @@ def check_access(pid: int) -> None:
 
     :raises RefusedError: it may not.
     """
+    open_memory(pid).close()
+
+
+def _page_map(mapping: Mapping) -> NDArray[np.uint64]:
     try:
-        os.close(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno in (errno.EPERM, errno.EACCES):
-            raise _refused() from error
-        raise FailedError(f"process {pid} is gone") from error
+        with Path(f"/proc/{mapping.pid}/pagemap").open("rb", buffering=0) as file:
+            raw = os.pread(file.fileno(), mapping.pages * 8, mapping.address // PAGE_BYTES * 8)
+    except PermissionError as error:
+        raise _refused() from error
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise FailedError(f"process {mapping.pid} is gone") from error
+    entries = np.frombuffer(raw, np.uint64)
+    if len(entries) != mapping.pages:
+        raise FailedError(f"the page map of process {mapping.pid} ends early")
+    return entries
+
+
+def _write_filled(target: int, rows: Rows, offset: int) -> None:
+    room, filled = rows.data.cast("B"), ~zero_rows(rows)
+    edges = np.flatnonzero(np.diff(filled, prepend=False, append=False)).tolist()
+    for first, after in zip(edges[::2], edges[1::2], strict=True):
+        write_at(target, room[first * PAGE_BYTES : after * PAGE_BYTES], offset + first * PAGE_BYTES)
 
 
 def _refused() -> RefusedError:

@@ -10,8 +10,8 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from cloudlet.errors import CapacityError, MismatchError, NotFoundError
 from cloudlet.hypervisor.driver import BaseImage, Boot, Instance, Layer, Wanted
+from cloudlet.hypervisor.generation import read_generation_id
 from cloudlet.hypervisor.qemu import accelerator, launch, page_server, ramblocks
 from cloudlet.hypervisor.qemu.early import QemuArriving, told_in_pages
 from cloudlet.hypervisor.qemu.hugepages import without_hugepages
@@ -31,7 +32,8 @@ from cloudlet.hypervisor.qemu.incoming import (
     wait_network,
 )
 from cloudlet.hypervisor.qemu.instance import DISK, UEFI_VARS, QemuInstance
-from cloudlet.hypervisor.qemu.layer import LayerWriter, OpenLayer
+from cloudlet.hypervisor.qemu.layer import LayerWriter, OpenLayer, layer_pages
+from cloudlet.hypervisor.qemu.layer_sink import LayerFiles
 from cloudlet.hypervisor.qemu.machine import (
     LAYOUT,
     MACHINE_TYPE,
@@ -40,9 +42,16 @@ from cloudlet.hypervisor.qemu.machine import (
     command_line,
 )
 from cloudlet.hypervisor.qemu.memory import ComingRam, coming_ram, writable_ram
-from cloudlet.hypervisor.qemu.network import BoundPort, NetworkProcess, bind_ports, start_network
+from cloudlet.hypervisor.qemu.network import (
+    BoundPort,
+    NetworkProcess,
+    bind_ports,
+    duplicates,
+    start_network,
+)
 from cloudlet.hypervisor.qemu.page_server import PageServer, ServedFile
-from cloudlet.hypervisor.qemu.qcow2 import Qcow2Writer
+from cloudlet.hypervisor.qemu.qcow2 import GrowingQcow2, Qcow2Writer
+from cloudlet.hypervisor.qemu.receiving import QemuReceiving
 from cloudlet.hypervisor.qemu.sockets import listen
 from cloudlet.hypervisor.records import (
     ProcessId,
@@ -54,6 +63,8 @@ from cloudlet.hypervisor.records import (
     users_of_processes,
 )
 from cloudlet.model import Accelerator, Firmware, Machine, PublishedPort
+from cloudlet.overlay.known import HeldPages
+from cloudlet.overlay.pages import Space
 from cloudlet.settings import Settings
 
 
@@ -78,6 +89,18 @@ class _Plan:
     layer_disk: int | None = None
     early: bool = False
     """Whether its RAM is a page server's file, of which the kernel must not read more than is touched."""
+    run: bool = False
+    """Whether it runs by itself when it can."""
+    generation_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A started machine, its open stream, and what it still waits for."""
+
+    instance: QemuInstance
+    stream: Stream
+    starting: Starting
 
 
 class QemuHypervisor:
@@ -172,26 +195,46 @@ class QemuHypervisor:
         layer: Layer | None = None,
     ) -> QemuIncoming:
         self.check(base.machine)
-        with ExitStack() as on_error, ExitStack() as always:
+        with ExitStack() as on_error:
             workspace, bound = self._begin(ports, on_error)
-            until_started = on_error.enter_context(ExitStack())
-            ram = self._ram(base, until_started, layer)
             disk = Qcow2Writer(workspace.path / DISK, base.machine.disk_bytes)
             on_error.callback(disk.close)
-            plan, ours = self._resumed(base, workspace, ram.descriptor, on_error, always)
-            if layer:
-                held = OpenLayer(layer)
-                on_error.callback(held.close)
-                plan = replace(plan, layer=held, layer_disk=held.disk)
             record = _record(workspace, base, name, overlay_id)
-            instance, network = self._start(plan, workspace, bound, record)
-            until_started.pop_all()  # the RAM is the instance's now
-            on_error.callback(instance.stop)
-            on_error.callback(network.release)
-            on_error.callback(ram.join)
-            target = Stream(instance, base, ours, self._firmware(base.machine))
+            waiting = self._waiting(base, workspace, bound, record, layer, on_error)
             on_error.pop_all()
-            return QemuIncoming(instance, target, disk, Starting(instance, network, ram))
+            return QemuIncoming(waiting.instance, waiting.stream, disk, waiting.starting)
+
+    def receive(
+        self,
+        base: BaseImage,
+        ports: Sequence[PublishedPort] = (),
+        *,
+        name: str = "",
+        overlay_id: str = "",
+        layer: Layer | None = None,
+        generation_id: str = "",
+    ) -> QemuReceiving:
+        self.check(base.machine)
+        kept = read_generation_id(generation_id)
+        with ExitStack() as on_error:
+            workspace, bound = self._begin(ports, on_error)
+            disk = GrowingQcow2(workspace.path / DISK, base.machine.disk_bytes)
+            on_error.callback(disk.close)
+            record = _record(workspace, base, name, overlay_id)
+            waiting = self._waiting(
+                base, workspace, bound, record, layer, on_error, run=False, generation_id=str(kept or "")
+            )
+            on_error.pop_all()
+            return QemuReceiving(waiting.instance, waiting.stream, disk, waiting.starting)
+
+    def layer_pages(
+        self, layer: Layer, machine: Machine
+    ) -> AbstractContextManager[Mapping[Space, HeldPages]]:
+        return layer_pages(layer, machine)
+
+    def layer_sink(self, base: BaseImage, layer: Layer) -> LayerFiles:
+        with no_room_for_a_layer():
+            return LayerFiles(LayerWriter(layer, base.machine))
 
     def early_obstacle(self) -> str:
         return page_server.obstacle()
@@ -223,7 +266,7 @@ class QemuHypervisor:
             ram = os.dup(mounted)
             until_started.callback(os.close, ram)
             plan, ours = self._resumed(base, workspace, ram, on_error, always)
-            plan = replace(plan, layer=held, layer_disk=layer_disk, early=True)
+            plan = replace(plan, layer=held, layer_disk=layer_disk, early=True, run=True)
             record = _record(workspace, base, name, layer.overlay_id, server.process)
             instance, network = self._start(plan, workspace, bound, record)
             until_started.pop_all()
@@ -267,6 +310,36 @@ class QemuHypervisor:
         ram = coming_ram(base.base_id, base.ram, siblings, layer)
         until_started.callback(ram.close)
         return ram
+
+    def _waiting(
+        self,
+        base: BaseImage,
+        workspace: Workspace,
+        bound: list[BoundPort],
+        record: Record,
+        layer: Layer | None,
+        on_error: ExitStack,
+        *,
+        run: bool = True,
+        generation_id: str = "",
+    ) -> _Waiting:
+        """A started machine that waits for what differs from its base and layer."""
+        with ExitStack() as always:
+            until_started = on_error.enter_context(ExitStack())
+            ram = self._ram(base, until_started, layer)
+            plan, ours = self._resumed(base, workspace, ram.descriptor, on_error, always)
+            plan = replace(plan, run=run, generation_id=generation_id)
+            if layer:
+                held = OpenLayer(layer)
+                on_error.callback(held.close)
+                plan = replace(plan, layer=held, layer_disk=held.disk)
+            instance, network = self._start(plan, workspace, bound, record)
+            until_started.pop_all()  # the RAM is the instance's now
+            on_error.callback(instance.stop)
+            on_error.callback(network.release)
+            on_error.callback(ram.join)
+            target = Stream(instance, base, ours, self._firmware(base.machine))
+            return _Waiting(instance, target, Starting(instance, network, ram))
 
     def _resumed(
         self, base: BaseImage, workspace: Workspace, ram: int, on_error: ExitStack, always: ExitStack
@@ -346,6 +419,7 @@ class QemuHypervisor:
             )
             workspace.write(record)
         with ExitStack() as always, ExitStack() as on_error:
+            listeners = duplicates(bound, on_error)
             log = _open(always, workspace.path / "network.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             environment = workspace.environment()
             own = {} if record.uid is None else {"uid": record.uid, "gid": record.uid}
@@ -355,7 +429,9 @@ class QemuHypervisor:
             record = replace(record, network=ProcessId(network.pid, network.start_time))
             backends = self._backends(plan, workspace, always, network_end=network.qemu_fd)
             binary, _ = launch.find_qemu(self._settings.qemu_binary)
-            argv = command_line(binary, plan.machine, backends, workspace.id, run=plan.incoming is not None)
+            argv = command_line(
+                binary, plan.machine, backends, workspace.id, run=plan.run, generation_id=plan.generation_id
+            )
             confine = launch.confinement(record.uid, kvm=plan.machine.accelerator is Accelerator.KVM)
 
             def start() -> subprocess.Popen[bytes]:
@@ -366,7 +442,7 @@ class QemuHypervisor:
             workspace.write(record)
             on_error.pop_all()
         instance = QemuInstance(
-            workspace.path, record, plan.machine, workspace, process, plan.ram, plan.layer
+            workspace.path, record, plan.machine, workspace, process, plan.ram, plan.layer, listeners
         )
         return instance, network
 

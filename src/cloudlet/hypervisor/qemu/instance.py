@@ -1,7 +1,7 @@
 """One machine that runs: pause, resume, capture, optical drive, the end.
 
-The object is a view of the instance's folder and processes; it holds nothing that would be lost with
-it. A later process that adopts the instance from its record has the same view.
+The object is a view of the instance's folder and processes. A later process that adopts the instance from its
+record has the same view, but for what its owner holds open: the layer's files, the published ports.
 """
 
 from __future__ import annotations
@@ -9,20 +9,25 @@ from __future__ import annotations
 import filecmp
 import os
 import select
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cloudlet.errors import FailedError, RefusedError
-from cloudlet.hypervisor.driver import BaseCapture, Capture, Layer, Paging, RunState
+from cloudlet.hypervisor.driver import BaseCapture, Capture, Layer, Listener, Paging, RunState
 from cloudlet.hypervisor.qemu import capture, changed, launch, page_server, ramblocks, sections, stream
 from cloudlet.hypervisor.qemu.agent import QemuGuestAgent
+from cloudlet.hypervisor.qemu.changed import Mapping
+from cloudlet.hypervisor.qemu.digest import digest_machine
+from cloudlet.hypervisor.qemu.disk import InstanceDisk
 from cloudlet.hypervisor.qemu.layer import OpenLayer
 from cloudlet.hypervisor.qemu.monitor import Monitor
 from cloudlet.hypervisor.qemu.network import guest_accepts
+from cloudlet.hypervisor.qemu.rounds import QemuRounds
 from cloudlet.hypervisor.qemu.sockets import connect
 from cloudlet.hypervisor.records import ProcessId, Record, Workspace, cpu_seconds_of
 from cloudlet.model import Endpoint, Machine
@@ -37,6 +42,8 @@ _ENDING_SECONDS = 2.0
 _ARRIVAL_SECONDS = 60.0
 """Longest time without a page, for a capture that waits for them."""
 _LOOK_SECONDS = 0.05
+_ANNOUNCEMENTS = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+"""How often a machine says where it is now, and after how many milliseconds: as after a migration."""
 _STATES = {
     "running": RunState.RUNNING,
     "inmigrate": RunState.INCOMING,
@@ -56,6 +63,7 @@ class QemuInstance:
         process: subprocess.Popen[bytes] | None = None,
         ram: int = -1,
         layer: OpenLayer | None = None,
+        listeners: Sequence[Listener] = (),
     ) -> None:
         self.directory = directory
         self.record = record
@@ -64,6 +72,7 @@ class QemuInstance:
         self._process = process
         self._ram = ram
         self._layer = layer
+        self._listeners = list(listeners)
         self._monitor: Monitor | None = None
         self.fresh_blocks: ramblocks.Digests = {}
         """Memory besides the guest's RAM as it was before a machine that was booted ran."""
@@ -83,6 +92,14 @@ class QemuInstance:
     @property
     def agent(self) -> QemuGuestAgent:
         return QemuGuestAgent(self.directory / "agent.sock")
+
+    @property
+    def layer(self) -> Layer | None:
+        return self._layer.layer if self._layer else None
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        return tuple(self._listeners)
 
     @property
     def monitor(self) -> Monitor:
@@ -115,6 +132,22 @@ class QemuInstance:
     def accepts(self, endpoint: Endpoint, timeout: float) -> bool:
         network = self.record.network
         return network is not None and guest_accepts(network.pid, endpoint, timeout)
+
+    def take_listeners(self) -> list[Listener]:
+        """Hand the listening sockets over: they are the caller's and survive :meth:`stop`."""
+        taken, self._listeners = self._listeners, []
+        return taken
+
+    def hold_connections(self, hold: bool) -> None:
+        """Have the network process stand still, or go on: what it does not accept waits in the kernel."""
+        if self.record.network:
+            self.record.network.send_signal(signal.SIGSTOP if hold else signal.SIGCONT)
+
+    def generation_id(self) -> str:
+        return str(self.monitor.execute("query-vm-generation-id")["guid"])
+
+    def announce(self) -> None:
+        self.monitor.execute("announce-self", **_ANNOUNCEMENTS)
 
     def cpu_seconds(self) -> float:
         return cpu_seconds_of(self._machine_process().pid)
@@ -157,26 +190,21 @@ class QemuInstance:
         return BaseCapture(ram, state, sections.read_sections(state), pause_seconds)
 
     def capture(self) -> Capture:
-        # What can be done before the pause is: QEMU must answer, and its memory must be readable.
-        process = self._machine_process()
-        layer = self._whole_layer()  # first: a monitor may wait for pages as its guest does
-        self.monitor.execute("query-status")
-        self._check_uefi_vars()
-        mapping = changed.find_mapping(process.pid, self._ram_path(), self.machine.memory_bytes)
-        laps = _Laps()
-        self.pause()
-        laps("stop")
-        state = self._device_state()
-        laps("device state")
-        numbers = changed.private_pages(mapping)
-        laps("page map")
-        with self._spool(RAM_PAGES) as ram:
-            changed.read_pages(mapping, numbers, ram)
-        laps("memory")
-        with self._spool(DISK_BLOCKS) as spool:
-            disk, base = self.directory / DISK, Path(self.record.detail["backing"])
-            blocks = capture.copy_disk(disk, base, layer, self.machine.disk_bytes, spool)
-        laps("disk")
+        mapping, layer = self._looked_at()
+        with self._open_disk(layer) as disk:
+            laps = _Laps()
+            self.pause()
+            laps("stop")
+            state = self._device_state()
+            laps("device state")
+            numbers = changed.private_pages(mapping)
+            laps("page map")
+            with self._spool(RAM_PAGES) as ram:
+                changed.read_pages(mapping, numbers, ram)
+            laps("memory")
+            with self._spool(DISK_BLOCKS) as spool:
+                blocks = capture.copy_disk(disk, spool)
+            laps("disk")
         if layer:
             # What never changes can be fetched when the machine need not be waited for any more.
             numbers = capture.add_layer(self.directory / RAM_PAGES, numbers, layer)
@@ -188,6 +216,20 @@ class QemuInstance:
             pause_seconds=sum(laps.seconds.values()),
             seconds=laps.seconds,
         )
+
+    def rounds(self, *, with_layer: bool) -> QemuRounds:
+        mapping, layer = self._looked_at()
+        with ExitStack() as on_error:
+            disk = on_error.enter_context(self._open_disk(layer))
+            rounds = QemuRounds(mapping, disk, layer if with_layer else None, self._stand_still)
+            on_error.pop_all()
+            return rounds
+
+    def digest(self) -> bytes:
+        layer = self._whole_layer()
+        mapping = self._mapping()
+        with self._open_disk(layer) as disk, self._ram_path().open("rb", buffering=0) as ram:
+            return digest_machine(mapping, ram.fileno(), disk)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end of the machine or of its network, without which it is of no use to anybody."""
@@ -223,12 +265,41 @@ class QemuInstance:
                 self._ram = -1
             if self._layer:
                 self._layer.close()
+            for _, listener in self.take_listeners():
+                listener.close()
             if self._workspace:
                 self._workspace.remove()
 
     def last_words(self) -> str:
         """What QEMU said at its end, for an error message."""
         return launch.last_words(self.directory)
+
+    def _looked_at(self) -> tuple[Mapping, Layer | None]:
+        """What is needed of a machine whose changes are to be read, done while it runs.
+
+        :raises RefusedError: its memory may not be read, or its UEFI variables were changed.
+        :raises FailedError: QEMU does not answer, pages do not come, or only its owner can.
+        """
+        self._machine_process()
+        if not self.record.detail["backing"]:
+            raise FailedError(f"instance {self.id} was booted: capture it as a base")
+        layer = self._whole_layer()  # first: a monitor may wait for pages as its guest does
+        self.monitor.execute("query-status")
+        self._check_uefi_vars()
+        return self._mapping(), layer
+
+    def _mapping(self) -> Mapping:
+        return changed.find_mapping(self._machine_process().pid, self._ram_path(), self.machine.memory_bytes)
+
+    def _open_disk(self, layer: Layer | None) -> InstanceDisk:
+        base = Path(self.record.detail["backing"])
+        return InstanceDisk(self.directory / DISK, base, layer, self.machine.disk_bytes)
+
+    def _stand_still(self) -> bytes:
+        """Pause the machine; its device state."""
+        self.pause()
+        self._check_uefi_vars()
+        return self._device_state()
 
     def _machine_process(self) -> ProcessId:
         if not self.record.machine or not self.record.machine.alive():

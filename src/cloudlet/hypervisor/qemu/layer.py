@@ -7,7 +7,8 @@ as zeros, so nobody may be given one before it was written.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloudlet.hypervisor.driver import Layer
-from cloudlet.hypervisor.qemu.qcow2 import Qcow2Writer
+from cloudlet.hypervisor.qemu.qcow2 import Qcow2Writer, held_blocks
 from cloudlet.model import PAGE_BYTES, Machine
+from cloudlet.overlay.known import HeldPages
 from cloudlet.overlay.pages import Numbers, PageBatch, Space, numbers_of
 from cloudlet.pageserver.state import BASE, HERE, MISSING
 from cloudlet.sparse import write_rows
@@ -31,6 +33,7 @@ class OpenLayer:
             ram, disk = (self._open(path) for path in (layer.ram, layer.disk))
             self._files = on_error.pop_all()
         self.layer = replace(layer, ram=Path(f"/proc/self/fd/{ram}"), disk=Path(f"/proc/self/fd/{disk}"))
+        self.ram = ram
         self.disk = disk
 
     def _open(self, path: Path) -> int:
@@ -41,6 +44,18 @@ class OpenLayer:
     def close(self) -> None:
         """Close the files. Can be called again."""
         self._files.close()
+
+
+@contextmanager
+def layer_pages(layer: Layer, machine: Machine) -> Iterator[Mapping[Space, HeldPages]]:
+    """The pages of a whole layer and where they are in its files, which are open as long as the context."""
+    with closing(OpenLayer(layer)) as opened:
+        ram = numbers_of(layer.pages.runs(Space.RAM))
+        blocks, offsets = held_blocks(opened.layer.disk, machine.disk_bytes)
+        yield {
+            Space.RAM: HeldPages(ram, ram.astype(np.int64) * PAGE_BYTES, opened.ram),
+            Space.DISK: HeldPages(blocks.astype(np.uint32), offsets, opened.disk),
+        }
 
 
 class LayerWriter:

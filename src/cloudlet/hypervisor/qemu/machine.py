@@ -88,9 +88,19 @@ class Backends:
 
 
 def command_line(
-    binary: str, machine: Machine, backends: Backends, name: str, *, run: bool = True
+    binary: str,
+    machine: Machine,
+    backends: Backends,
+    name: str,
+    *,
+    run: bool = True,
+    generation_id: str = "",
 ) -> list[str]:
-    """The whole command line of a machine; with ``run=False`` its CPUs wait for ``cont``."""
+    """The whole command line of a machine.
+
+    :param run: whether its CPUs run; else they wait for ``cont``.
+    :param generation_id: a UUID; where it is empty, the machine gets a new one.
+    """
     return [
         binary, "-name", f"guest={name}", "-nodefaults", "-no-user-config", "-display", "none",
         "-sandbox", SANDBOX,
@@ -101,7 +111,8 @@ def command_line(
         *_disk(backends),
         *_cards(backends),
         *_channels(backends),
-        "-device", "virtio-rng-pci,id=rng0,bus=pcie.0,addr=0x9", "-device", "vmgenid,id=genid0,guid=auto",
+        "-device", "virtio-rng-pci,id=rng0,bus=pcie.0,addr=0x9",
+        "-device", f"vmgenid,id=genid0,guid={generation_id or 'auto'}",
         *(() if run else ("-S",)),
         *(() if backends.incoming is None else ("-incoming", f"fd:{backends.incoming}")),
     ]  # fmt: skip

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cloudlet.errors import CloudletError, ConflictError, FailedError, RefusedError
+from cloudlet.hypervisor.driver import Listener
 from cloudlet.hypervisor.qemu.machine import PUBLIC_MAC
 from cloudlet.hypervisor.records import ProcessId, start_time_of
 from cloudlet.model import Endpoint, PublishedPort
@@ -74,6 +75,17 @@ def bind_ports(ports: Sequence[PublishedPort]) -> list[BoundPort]:
             bound.append(BoundPort(port.guest_port, port.name, listener))
         undo.pop_all()
         return bound
+
+
+def duplicates(bound: Sequence[BoundPort], on_error: ExitStack) -> list[Listener]:
+    """The ports' endpoints, and their sockets once more: the owner's, whoever serves or closes the others."""
+    listeners = []
+    for port in bound:
+        listener = port.listener.dup()
+        on_error.callback(listener.close)
+        listener.setblocking(False)  # as who serves them has it: that is one and the same
+        listeners.append((port.endpoint, listener))
+    return listeners
 
 
 class NetworkProcess:

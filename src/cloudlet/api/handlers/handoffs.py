@@ -1,0 +1,78 @@
+"""Hand-offs: a user's running instance goes to another cloudlet."""
+
+from __future__ import annotations
+
+from cloudlet.api import listing
+from cloudlet.api.handlers.operations import accepted
+from cloudlet.api.operation import Answer, Call
+from cloudlet.api.schemas.handoffs import (
+    HandoffBody,
+    HandoffCreateBody,
+    HandoffsBody,
+    HandoffsQuery,
+    HandoffView,
+    ResolveBody,
+)
+from cloudlet.errors import ConflictError, NotFoundError, RefusedError
+from cloudlet.service.departures import Wish
+from cloudlet.store.rows import HANDOFFS, INSTANCES, OPERATIONS, PEERS, Direction, Handoff
+
+
+def list(call: Call, query: HandoffsQuery) -> HandoffsBody:  # noqa: A001 (it is what it is called on the wire)
+    """List hand-offs."""
+    rows, links = listing.page(call, HANDOFFS, query, "/v1/handoffs")
+    return HandoffsBody(handoffs=[HandoffView.of(row) for row in rows], links=links)
+
+
+def create(call: Call, body: HandoffCreateBody) -> Answer:
+    """Hand a running instance off to another cloudlet.
+
+    It goes on running meanwhile, and stands still for a moment at the end. The operation has ended well when
+    it runs there; the hand-off then says where.
+    """
+    if again := call.again(OPERATIONS):
+        return accepted(call, again)
+    wanted = body.handoff
+    instance = listing.seen(call, INSTANCES, wanted.instance_id)
+    if not call.allows("owner", instance):
+        raise RefusedError("only who owns an instance may hand it off")
+    peer = call.site.database.read(lambda connection: PEERS.find(connection, id=wanted.peer_id))
+    if peer is None:
+        raise NotFoundError(f"there is no peer {wanted.peer_id}", hint="cloudlet peer list")
+    settings = call.site.options.peers
+    terms = wanted.terms(settings.patience_seconds, settings.bytes_per_second)
+    wish = Wish(peer, terms, wanted.overlay)
+    _, begun = call.site.departures.create(instance, wish, call.remember, call.request_id)
+    return accepted(call, begun)
+
+
+def show(handoff: Handoff) -> HandoffBody:
+    """Show a hand-off: how far it is, what is expected of it, what it took."""
+    return HandoffBody(handoff=HandoffView.of(handoff))
+
+
+def cancel(call: Call, handoff: Handoff) -> Answer:
+    """Have the instance stay where it is."""
+    if handoff.direction is Direction.IN:
+        raise ConflictError("it comes from another site", hint="cancel it there")
+    return accepted(call, call.site.departures.cancel(handoff))
+
+
+def resolve(call: Call, handoff: Handoff, body: ResolveBody) -> Answer | HandoffBody:
+    """Bring a hand-off in doubt to its end.
+
+    It resolves itself when the peer is back. Where that does not come back, an operator may say that the
+    instance runs here: at the risk that it runs at the peer too.
+    """
+    action = body.resolve.action
+    leaves = handoff.direction is Direction.OUT
+    if leaves == (action == "take"):
+        way = "leaves" if leaves else "comes"
+        raise ConflictError(f"the instance {way}: it cannot be resolved by {action}")
+    if action == "retry":
+        return accepted(call, call.site.departures.resolve(handoff))
+    if leaves:
+        call.site.departures.keep(handoff)
+    else:
+        call.site.arrivals.take(handoff)
+    return HandoffBody(handoff=HandoffView.of(call.site.departures.get(handoff.id)))

@@ -1,0 +1,250 @@
+"""Hand-offs on the wire: for users, and between cloudlets (``docs/formats/handoff.md``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, StringConstraints
+
+from cloudlet.api.schemas.common import (
+    ErrorView,
+    Identifier,
+    Incoming,
+    Link,
+    ListQuery,
+    Metadata,
+    Moment,
+    Name,
+    View,
+    error_view,
+)
+from cloudlet.control.courier import PeerState
+from cloudlet.control.pace import Terms
+from cloudlet.service.arrivals import Offered
+from cloudlet.store.rows import Direction, Handoff, HandoffState
+
+_MEGABIT = 125_000
+LONGEST_WAIT = 30
+MOST_RECORDS_BYTES = 8 << 20
+
+Identity = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Needs = Literal["any", "overlay", "nothing"]
+
+
+class HandoffCreate(Incoming):
+    """Which instance goes where, and on what terms."""
+
+    instance_id: Identifier
+    peer_id: Identifier = Field(description="the cloudlet that it goes to: its id among the peers")
+    pause_seconds: float = Field(
+        0.1, ge=0.02, le=60, description="it switches as soon as what is left fits into this"
+    )
+    deadline_seconds: float = Field(
+        60.0, ge=1, le=86_400, description="it has switched by then, however long the pause becomes"
+    )
+    bandwidth_mbit: float = Field(0.0, ge=0, le=1_000_000, description="at most; 0: as the site allows")
+    verify: Literal["sent", "full"] = Field(
+        "sent", description="full: all memory and disk is compared before the switch"
+    )
+    overlay: Needs = Field(
+        "any", description="whether the target may, must or shall not build on the app's overlay"
+    )
+
+    def terms(self, patience: float, most_bytes_per_second: float | None) -> Terms:
+        """What the keeper is told of it."""
+        wanted = [rate for rate in (self.bandwidth_mbit * _MEGABIT, most_bytes_per_second) if rate]
+        return Terms(
+            pause_seconds=self.pause_seconds,
+            deadline_seconds=self.deadline_seconds,
+            patience_seconds=patience,
+            bytes_per_second=min(wanted, default=0.0),
+            verify_full=self.verify == "full",
+        )
+
+
+class HandoffCreateBody(Incoming):
+    """One new hand-off."""
+
+    handoff: HandoffCreate
+
+
+class HandoffView(View):
+    """An instance on its way to another cloudlet, or from one."""
+
+    id: str
+    instance_id: str
+    direction: Direction
+    peer_id: str
+    state: HandoffState
+    epoch: int = Field(description="of the instance, at the source")
+    forecast: Mapping[str, Any] | None = Field(description="seconds, bytes and pause from now on")
+    statistics: Mapping[str, Any] = Field(description="what it took")
+    moved_to: Mapping[str, Any] | None = Field(description="where the instance is since")
+    error: ErrorView | None
+    project_id: str
+    user_id: str
+    created_at: Moment
+    updated_at: Moment
+
+    @classmethod
+    def of(cls, row: Handoff) -> HandoffView:
+        return cls(
+            id=row.id,
+            instance_id=row.instance_id,
+            direction=row.direction,
+            peer_id=row.peer_id,
+            state=row.state,
+            epoch=row.epoch,
+            forecast=row.forecast,
+            statistics=row.statistics,
+            moved_to=row.told,
+            error=error_view(row.error, "handoff"),
+            project_id=row.project_id,
+            user_id=row.user_id,
+            created_at=row.created_at,
+            updated_at=row.updated_at,
+        )
+
+
+class HandoffBody(View):
+    """One hand-off."""
+
+    handoff: HandoffView
+
+
+class HandoffsBody(View):
+    """A page of hand-offs."""
+
+    handoffs: list[HandoffView]
+    links: list[Link]
+
+
+class HandoffsQuery(ListQuery):
+    """Which hand-offs."""
+
+    SORTED_BY: ClassVar[tuple[str, ...]] = ("created_at", "updated_at", "state")
+
+    instance_id: Identifier | None = None
+    peer_id: Identifier | None = None
+    state: HandoffState | None = None
+    direction: Direction | None = None
+
+
+class ResolveBody(Incoming):
+    """What to do with a hand-off in doubt."""
+
+    class Resolve(Incoming):
+        """An operator's word."""
+
+        action: Literal["retry", "keep", "take"] = Field(
+            description="retry: ask the peer again. keep (at the source), take (at the target): the instance "
+            "runs here; if it runs there too, there are two of it"
+        )
+
+    resolve: Resolve
+
+
+class Lease(Incoming):
+    """What is left of an instance's lease; not when it ends, since clocks differ."""
+
+    seconds: int | None = None
+    left: float | None = None
+    warned: bool = False
+
+
+class PeerPort(Incoming):
+    """A port of the instance."""
+
+    guest_port: int = Field(ge=1, le=65535)
+    host: str = Field("", max_length=255, description="at the source")
+    host_port: int = Field(0, ge=0, le=65535, description="that was asked for; 0: any")
+    name: str = Field("", max_length=64)
+
+
+class OfferedInstance(Incoming):
+    """The instance that is offered."""
+
+    id: Identifier
+    epoch: int = Field(ge=1, le=1 << 31)
+    name: Name
+    project_id: str = Field(max_length=255)
+    user_id: str = Field(max_length=255)
+    metadata: Metadata = Field({})
+    ports: list[PeerPort] = Field([], max_length=64)
+    restart: bool = False
+    lease: Lease
+    paused: bool = False
+    cpus: int = Field(1, ge=1, le=1024)
+    created_at: str = Field(max_length=40)
+    root: str = Field(max_length=100_000, description="of its overlay, in base64")
+    overlay: Identity
+    generation_id: str = Field("", pattern=r"^[0-9a-fA-F-]{0,36}$")
+
+
+class Offer(Incoming):
+    """OFFER."""
+
+    id: Identifier
+    seed: str = Field(pattern=r"^[0-9a-f]{16}$")
+    needs: Needs = "any"
+    instance: OfferedInstance
+
+    def offered(self) -> Offered:
+        """As the service takes it."""
+        return Offered(self.id, self.seed, self.needs, self.instance.model_dump())
+
+
+class OfferBody(Incoming):
+    """One offer."""
+
+    handoff: Offer
+
+
+class CommitBody(Incoming):
+    """COMMIT."""
+
+    epoch: int = Field(ge=1, le=1 << 31)
+
+
+class RecordsQuery(Incoming):
+    """Which records come."""
+
+    first: int = Field(ge=0, description="the number of the first")
+
+
+class StateQuery(Incoming):
+    """How long to wait for another state than preparing."""
+
+    wait: int = Field(0, ge=0, le=LONGEST_WAIT, description="seconds")
+
+
+class PeerStateView(View):
+    """What this end of a hand-off is."""
+
+    state: str
+    records: int = Field(description="that have been loaded")
+    holds: str
+    reason: str
+    endpoints: list[Mapping[str, Any]]
+    api_url: str
+    events_after: int | None
+
+    @classmethod
+    def of(cls, state: PeerState, api_url: str) -> PeerStateView:
+        told = state.told or {}
+        return cls(
+            state=state.state,
+            records=state.records,
+            holds=state.holds,
+            reason=state.reason,
+            endpoints=list(told.get("endpoints") or ()),
+            api_url=api_url,
+            events_after=told.get("events_after"),
+        )
+
+
+class PeerStateBody(View):
+    """What this end of a hand-off is."""
+
+    handoff: PeerStateView

@@ -1,0 +1,506 @@
+"""Hand-off: a running machine follows its user to another cloudlet.
+
+At the source a :class:`Departure` sends, round by round and while the machine runs, what the target cannot
+rebuild from what it holds. When what is left fits the pause that was asked for, the machine stands still, the
+last round is exact, both ends prove that they have the same, and the source gives the machine away. At the
+target an :class:`Arrival` loads what comes into a paused machine, and lets it run when it is its own.
+
+Who may run it is written down at each end before anything follows (:mod:`~cloudlet.control.ownership`); the
+protocol, and what each end does when the other is silent, is ``docs/formats/handoff.md``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+
+from cloudlet.control.courier import Courier, Peer, PeerState, answered
+from cloudlet.control.ownership import Ownership, OwnershipFile
+from cloudlet.control.pace import Forecast, Pace, Round, Terms
+from cloudlet.errors import CloudletError, ConflictError, FailedError
+from cloudlet.hypervisor.driver import Instance, Receiving, Rounds, RunState
+from cloudlet.model import PAGE_BYTES
+from cloudlet.overlay.index import Lookup
+from cloudlet.overlay.known import KnownPages
+from cloudlet.overlay.limits import FRAME_PAGES
+from cloudlet.overlay.pages import Numbers, Rows, Space
+from cloudlet.overlay.records import read_record
+from cloudlet.overlay.rounds import RoundReader, RoundWriter, pack
+
+DOUBT_SECONDS = 10.0
+"""So long a side waits for the other's word before it says that it is in doubt."""
+_FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
+_FIRST_ASK, _LOOK_SECONDS = 2.0, 0.25
+_TURN_SECONDS = 30.0
+"""How long records wait for those before them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a departure is."""
+
+    state: Ownership
+    rounds: int = 0
+    bytes_sent: int = 0
+    forecast: Forecast | None = None
+    in_doubt: bool = False
+    """Whether it waits for the peer's word, with the machine standing still."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """What is to be handed off, and what both ends hold already."""
+
+    instance: Instance
+    known: KnownPages
+    index: Lookup
+    seed: int
+    with_layer: bool
+    """Whether the target lacks the layer on which the machine stands here."""
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What a departure took: seconds, bytes on the wire, pages."""
+
+    rounds: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    pause_seconds: float = 0.0
+    """From the stop here to the target's word that it runs."""
+    forecast_pause_seconds: float = 0.0
+    """What was expected of the pause when the machine was stopped."""
+    private_bytes: int = 0
+    level: int = 0
+    """Of the compression, at last."""
+    rate: float | None = None
+    """Bytes per second that the link carried."""
+
+
+class Departure:
+    """The source's end of one hand-off."""
+
+    def __init__(
+        self,
+        ownership: OwnershipFile,
+        peer: Peer,
+        terms: Terms,
+        parcel: Parcel | None = None,
+        told: Callable[[Progress], None] = lambda _: None,
+        rate: float | None = None,
+    ) -> None:
+        """A departure that goes on from where ``ownership`` says that it is.
+
+        :param parcel: the machine, unless that is gone.
+        :param rate: bytes per second of the last hand-off to this peer.
+        """
+        self.statistics = Statistics()
+        self._ownership = ownership
+        self._peer = peer
+        self._parcel = parcel
+        self._told = told
+        self._terms = terms
+        self._pace = Pace(terms, rate)
+        self._stopped = threading.Event()
+        self._deciding = threading.Lock()
+        self._keep = False
+        self._stood_at = 0.0
+
+    @property
+    def state(self) -> Ownership:
+        return self._ownership.state
+
+    @property
+    def told(self) -> Mapping[str, Any]:
+        """What the target said when it had it: where the instance is reached there."""
+        return self._ownership.record.told
+
+    def run(self) -> Ownership:
+        """Hand the machine over: `COMPLETED`, or the error that made it go on here.
+
+        :raises CloudletError: it was reverted.
+        """
+        assert self._parcel
+        try:
+            with self._sending(self._parcel) as sender:
+                self._copy(sender)
+                self._switch(sender)
+        except BaseException as error:
+            self.revert(error.message if isinstance(error, CloudletError) else f"a defect: {error!r}")
+            raise
+        return self.conclude()
+
+    def conclude(self) -> Ownership:
+        """Bring it to its end from what is written down; wait for the peer's word as long as that takes.
+
+        :raises CloudletError: it was reverted.
+        """
+        if self.state in (Ownership.COPYING, Ownership.SWITCHING):
+            self._conclude_without_machine()
+        wait, began = _FIRST_WAIT, time.monotonic()
+        while self.state is Ownership.COMMITTED:
+            answer = answered(lambda: self._peer.commit(self._ownership.record.epoch))
+            with self._deciding:
+                if self._keep:
+                    self._revert("its operator kept it")
+                elif answer and answer.state == Ownership.RUNNING:
+                    self._ownership.become(Ownership.COMPLETED, told=answer.told or {})
+                    if self._stood_at:
+                        self.statistics.pause_seconds = round(time.monotonic() - self._stood_at, 4)
+                elif answer and answer.state == Ownership.DROPPED:
+                    self._revert(f"it was lost at the target before it ran there: {answer.reason}")
+                else:
+                    self._tell(in_doubt=time.monotonic() - began > DOUBT_SECONDS)
+            if self.state is Ownership.COMMITTED:
+                self._stopped.wait(wait)
+                self._stopped.clear()
+                wait = min(2 * wait, _LONGEST_WAIT)
+        self._tell()
+        if self.state is Ownership.REVERTED:
+            raise FailedError(f"the instance stays here: {self._ownership.record.reason}")
+        return self.state
+
+    def cancel(self) -> None:
+        """Have the machine stay here.
+
+        :raises ConflictError: it is given away already.
+        """
+        with self._deciding:
+            if self.state in (Ownership.COMMITTED, Ownership.COMPLETED):
+                raise ConflictError("the instance is at its target already, or about to be")
+            self._stopped.set()
+
+    def keep(self) -> None:
+        """An operator's word, while the peer is silent: it runs here again, though it may run there too.
+
+        :raises ConflictError: there is no doubt.
+        """
+        with self._deciding:
+            if self.state is not Ownership.COMMITTED:
+                raise ConflictError(f"the hand-off is {self.state}: there is nothing to decide")
+            self._keep = True
+            self._stopped.set()
+
+    def revert(self, reason: str) -> None:
+        """The machine goes on here; unless it is given away."""
+        with self._deciding:
+            if self.state in (Ownership.COPYING, Ownership.SWITCHING):
+                self._revert(reason)
+        self._tell()
+        answered(self._peer.drop)
+
+    def _revert(self, reason: str) -> None:
+        self._ownership.become(Ownership.REVERTED, reason=reason)
+        if self._parcel:
+            with suppress(CloudletError):  # it is gone: whoever keeps it sees that too
+                if not self._ownership.record.paused:
+                    self._parcel.instance.resume()
+                self._parcel.instance.hold_connections(False)
+
+    def _conclude_without_machine(self) -> None:
+        """The machine is gone, and nothing was decided: what the target has is all there is."""
+        wait = _FIRST_WAIT
+        while self.state is Ownership.SWITCHING:
+            answer = answered(self._peer.state)
+            with self._deciding:
+                if answer and answer.state == Ownership.LOADED and not self._keep:
+                    self._ownership.become(Ownership.COMMITTED)
+                elif answer or self._keep:
+                    self._ownership.become(Ownership.REVERTED, reason="its machine ended")
+            if self.state is Ownership.SWITCHING:
+                self._tell(in_doubt=True)
+                self._stopped.wait(wait)
+                wait = min(2 * wait, _LONGEST_WAIT)
+        if self.state is Ownership.COPYING:
+            self._ownership.become(Ownership.REVERTED, reason="its machine ended")
+        if self.state is Ownership.REVERTED:
+            answered(self._peer.drop)
+
+    @contextmanager
+    def _sending(self, parcel: Parcel) -> Iterator[_Sender]:
+        terms = self._terms
+        rounds = parcel.instance.rounds(with_layer=parcel.with_layer)
+        try:
+            with (
+                ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="pack") as workers,
+                Courier(
+                    self._peer,
+                    self._stopped,
+                    patience=terms.patience_seconds,
+                    limit=terms.bytes_per_second,
+                ) as courier,
+            ):
+                writer = RoundWriter(parcel.known, parcel.index, parcel.seed)
+                yield _Sender(rounds, writer, courier, workers, self._pace)
+        finally:
+            rounds.close()
+
+    def _copy(self, sender: _Sender) -> None:
+        """Send rounds while the machine runs, until what is left fits."""
+        self._tell(self._pace.begun(*sender.count()))
+        while True:
+            done = sender.round()
+            sender.courier.flush()
+            self._pace.ended(replace(done, bytes=sender.courier.sent - self.statistics.bytes))
+            self.statistics.bytes = sender.courier.sent
+            self.statistics.rounds = done.number
+            at_last = self._pace.forecast(*sender.count())
+            self._tell(at_last)
+            if self._stopped.is_set():
+                raise FailedError("the hand-off was cancelled")
+            if self._pace.switches(at_last):
+                self.statistics.forecast_pause_seconds = at_last.pause_seconds
+                return
+
+    def _switch(self, sender: _Sender) -> None:
+        """The machine stands still, the rest goes over, both ends have the same: then it is given away."""
+        assert self._parcel
+        instance = self._parcel.instance
+        self._ownership.become(Ownership.SWITCHING)
+        self._tell()
+        self._stood_at = time.monotonic()
+        instance.hold_connections(True)
+        device_state, _ = sender.rounds.settle()
+        sender.round()
+        full = instance.digest() if self._terms.verify_full else bytes(32)
+        sender.end(device_state, full)
+        answer = sender.courier.flush()
+        self.statistics.bytes = sender.courier.sent
+        self.statistics.seconds = round(self._pace.elapsed, 3)
+        self.statistics.private_bytes = sender.looked * PAGE_BYTES
+        self.statistics.level = self._pace.level
+        self.statistics.rate = sender.courier.rate()
+        if answer.state != Ownership.LOADED:
+            raise FailedError(f"the target has not loaded the machine: {answer.reason or answer.state}")
+        with self._deciding:
+            if self._stopped.is_set():
+                raise FailedError("the hand-off was cancelled")
+            self._ownership.become(Ownership.COMMITTED)
+
+    def _tell(self, forecast: Forecast | None = None, *, in_doubt: bool = False) -> None:
+        statistics = self.statistics
+        self._told(Progress(self.state, statistics.rounds, statistics.bytes, forecast, in_doubt))
+
+
+@dataclass(slots=True)
+class _Sender:
+    """What rounds are made with."""
+
+    rounds: Rounds
+    writer: RoundWriter
+    courier: Courier
+    workers: ThreadPoolExecutor
+    pace: Pace
+    number: int = 0
+    looked: int = 0
+
+    def round(self) -> Round:
+        """Look at all pages that may have changed and have sent those that have; the disk first."""
+        self.number += 1
+        began, looked, changed = time.monotonic(), 0, 0
+        for space, numbers, rows in self._pages():
+            looked += numbers.size
+            changed += self.writer.look(space, numbers, rows)
+            self._put_payloads()
+        ended = self.writer.end_round(self.number)
+        self._put_payloads()
+        for record in ended:
+            self._put_record(record.encode())
+        self.looked = looked
+        return Round(self.number, looked, changed, seconds=time.monotonic() - began)
+
+    def count(self) -> tuple[int, int]:
+        """How many pages may have changed since the last round, and how many have; nothing is sent."""
+        looked = changed = 0
+        for space, numbers, rows in self._pages():
+            looked += numbers.size
+            changed += self.writer.count(space, numbers, rows)
+        return looked, changed
+
+    def end(self, device_state: bytes, full: bytes) -> None:
+        records = self.writer.device_records(device_state)
+        for record in (*records, self.writer.end_record(device_state, full)):
+            self._put_record(record.encode())
+
+    def _pages(self) -> Iterator[tuple[Space, Numbers, Rows]]:
+        room: Rows = np.empty((FRAME_PAGES, PAGE_BYTES), np.uint8)
+        for space in (Space.DISK, Space.RAM):
+            held = self.rounds.held(space)
+            for at in range(0, held.size, FRAME_PAGES):
+                numbers = held[at : at + FRAME_PAGES]
+                rows = room[: numbers.size]
+                self.rounds.read(space, numbers, rows)
+                yield space, numbers, rows
+
+    def _put_payloads(self) -> None:
+        courier = self.courier
+        for payload in self.writer.payloads():
+            self.pace.adjust(courier.held, courier.rate())
+            level = self.pace.level
+            size = payload.literals.nbytes + payload.numbers.nbytes
+            courier.put(self.workers.submit(pack, payload, level), size)
+
+    def _put_record(self, record: bytes) -> None:
+        packed: Future[bytes] = Future()
+        packed.set_result(record)
+        self.courier.put(packed, len(record))
+
+
+class Arrival:
+    """The target's end of one hand-off."""
+
+    def __init__(
+        self,
+        ownership: OwnershipFile,
+        receiving: Receiving,
+        reader: RoundReader,
+        told: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.count = 0
+        """Records that have been loaded."""
+        self.in_doubt = False
+        """Whether it is complete, and the source does not say whose it is."""
+        self._ownership = ownership
+        self._receiving = receiving
+        self._reader = reader
+        self._told = told
+        self._changed = threading.Condition()
+        self._loading = threading.Lock()
+
+    @property
+    def state(self) -> Ownership:
+        return self._ownership.state
+
+    @property
+    def reason(self) -> str:
+        return self._ownership.record.reason
+
+    def records(self, first: int, body: bytes) -> None:
+        """Load whole records, of which the first has the number ``first``; those known are passed over.
+
+        :raises ConflictError: those before them do not come.
+        :raises IntegrityError: they are damaged, or what they make is not what the source has.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.count >= first or self.state is not Ownership.RECEIVING, _TURN_SECONDS
+            )
+        with self._loading:
+            if self.state is not Ownership.RECEIVING:
+                return
+            if self.count < first:
+                raise ConflictError(f"records {self.count} to {first - 1} have not come")
+            stream, number = BytesIO(body), first
+            while (record := read_record(stream, number)) is not None:
+                if number >= self.count:
+                    ended = self._reader.take(record)
+                    if ended:
+                        self._load(ended.device_state, ended.full)
+                    with self._changed:
+                        self.count += 1
+                        self._changed.notify_all()
+                number += 1
+        self._told()
+
+    def commit(self, epoch: int) -> None:
+        """The machine is this site's, and runs.
+
+        :raises ConflictError: it is not complete, or it is of another epoch.
+        """
+        with self._loading:
+            record = self._ownership.record
+            if self.state in (Ownership.RUNNING, Ownership.DROPPED):
+                return
+            if epoch != record.epoch or self.state is not Ownership.LOADED:
+                raise ConflictError(f"the machine is {self.state}, of epoch {record.epoch}")
+            instance = self._receiving.instance
+            if instance.state() is not RunState.PAUSED:
+                self._drop("its machine ended")
+                return
+            self._ownership.become(Ownership.RUNNING)
+            if not record.paused:
+                instance.resume()
+                with suppress(CloudletError):  # who has its address finds it later
+                    instance.announce()
+        with self._changed:
+            self._changed.notify_all()
+        self._told()
+
+    def settle(self, source: Callable[[], PeerState], patience: float) -> Ownership:
+        """Wait until it is decided who runs the machine, and ask the source when it is silent.
+
+        :param source: the source's state of the hand-off.
+        :param patience: seconds without a record until the copy is given up; the source runs its own then.
+        """
+        heard, count, wait = time.monotonic(), self.count, _FIRST_ASK
+        while self.state in (Ownership.RECEIVING, Ownership.LOADED):
+            before = self.state
+            with self._changed:
+                self._changed.wait(_LOOK_SECONDS)
+            if self._receiving.instance.wait(0):
+                self._drop_unless_running("its machine ended")
+            elif self.count != count or self.state is not before:
+                heard, count, wait = time.monotonic(), self.count, _FIRST_ASK
+            elif self.state is Ownership.RECEIVING and time.monotonic() - heard > patience:
+                self._drop_unless_running(f"nothing came from the source for {patience:.0f} s")
+            elif self.state is Ownership.LOADED and time.monotonic() - heard > wait:
+                wait += min(wait, _LONGEST_WAIT)
+                self._ask(source)
+                if self.state is Ownership.LOADED and time.monotonic() - heard > DOUBT_SECONDS:
+                    self.in_doubt = True
+                    self._told()
+        return self.state
+
+    def take(self) -> None:
+        """An operator's word, while the source is silent: the machine runs here, though it may run there too.
+
+        :raises ConflictError: it is not complete.
+        """
+        self.commit(self._ownership.record.epoch)
+
+    def drop(self, reason: str) -> None:
+        """Give up the copy, which never ran.
+
+        :raises ConflictError: it runs.
+        """
+        with self._loading:
+            if self.state is Ownership.RUNNING:
+                raise ConflictError("the instance runs here")
+            self._drop(reason)
+        with self._changed:
+            self._changed.notify_all()
+        self._told()
+
+    def _ask(self, source: Callable[[], PeerState]) -> None:
+        answer = answered(source)
+        if answer and answer.state in (Ownership.COMMITTED, Ownership.COMPLETED):
+            self.commit(self._ownership.record.epoch)
+        elif answer and answer.state == Ownership.REVERTED:
+            self._drop_unless_running(f"the source kept it: {answer.reason}")
+
+    def _drop_unless_running(self, reason: str) -> None:
+        with suppress(ConflictError):
+            self.drop(reason)
+
+    def _drop(self, reason: str) -> None:
+        self._ownership.become(Ownership.DROPPED, reason=reason)
+
+    def _load(self, device_state: bytes, full: bytes) -> None:
+        self._receiving.load(device_state)
+        if any(full) and self._receiving.instance.digest() != full:
+            raise FailedError("the whole memory or disk differs from the source's")
+        self._ownership.become(Ownership.LOADED)
+
+
+def answer_of(arrival: Arrival, told: dict[str, Any]) -> PeerState:
+    """What the target says of an arrival."""
+    return PeerState(arrival.state, arrival.count, told=told, reason=arrival.reason)

@@ -1,0 +1,126 @@
+"""The other end of a hand-off, over HTTPS: the messages of ``docs/formats/handoff.md`` as calls.
+
+Each thread has a connection of its own. An answer that says no becomes the error that it means here; one that
+only says that it cannot be done now counts as none.
+"""
+
+from __future__ import annotations
+
+import base64
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from cloudlet.control.courier import PeerState
+from cloudlet.errors import (
+    CapacityError,
+    CloudletError,
+    ConflictError,
+    CorruptError,
+    FailedError,
+    NotFoundError,
+    RefusedError,
+    UnreachableError,
+)
+from cloudlet.store.keyring import KeyRing
+from cloudlet.store.tokens import PeerTokens
+from cloudlet.transfer.peer import PeerConnection, PeerError
+
+_PATH = "/v1/peer/handoffs"
+_ASK_SECONDS = 10.0
+_LOAD_SECONDS = 90.0
+"""Longest time for records to be loaded, those before them included; the last ones load a machine."""
+_ERRORS: Mapping[int, type[CloudletError]] = {
+    401: RefusedError,
+    403: RefusedError,
+    404: NotFoundError,
+    409: ConflictError,
+    422: CorruptError,
+}
+_NO_ROOM = ("no_capacity", "draining")
+
+Whom = Mapping[str, str]
+"""``own_id``, and of the peer ``id``, ``url`` and ``public_key`` (base64)."""
+
+
+class HttpPeer:
+    """A peer, as far as one hand-off is concerned. See :class:`cloudlet.control.courier.Peer`."""
+
+    def __init__(self, connect: Callable[[], PeerConnection], handoff: str) -> None:
+        self._connect = connect
+        self._path = f"{_PATH}/{handoff}"
+        self._own = threading.local()
+        self._connections: list[PeerConnection] = []
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, whom: Whom, handoff: str, keys: KeyRing) -> Self:
+        """The peer that a message names."""
+        tokens = PeerTokens(whom["own_id"], keys.signer().private)
+
+        def make(method: str, path: str, ahead: float) -> str:
+            return tokens.make(method, path, whom["id"], offset_seconds=ahead)
+
+        public_key = base64.b64decode(whom["public_key"])
+        return cls(lambda: PeerConnection(whom["url"], public_key, make), handoff)
+
+    def offer(self, offer: Mapping[str, Any]) -> PeerState:
+        """Offer the instance; what becomes of that is in the state.
+
+        :raises CapacityError: it has no room, or admits nothing.
+        :raises CloudletError: it is refused.
+        """
+        try:
+            return self._ask("POST", _PATH, json={"handoff": offer}, timeout=_ASK_SECONDS)
+        except UnreachableError as error:
+            answer = error.__cause__
+            if isinstance(answer, PeerError) and answer.reason in _NO_ROOM:
+                raise CapacityError(answer.message) from error
+            raise
+
+    def state(self, wait: float = 0.0) -> PeerState:
+        query = {"wait": int(wait)} if wait else None
+        return self._ask("GET", self._path, query=query, timeout=_ASK_SECONDS + wait)
+
+    def records(self, first: int, body: bytes) -> PeerState:
+        return self._ask(
+            "PUT", f"{self._path}/records", query={"first": first}, body=body,
+            headers={"Content-Type": "application/octet-stream"}, timeout=_LOAD_SECONDS,
+        )  # fmt: skip
+
+    def commit(self, epoch: int) -> PeerState:
+        return self._ask("POST", f"{self._path}/commit", json={"epoch": epoch}, timeout=_ASK_SECONDS)
+
+    def drop(self) -> PeerState:
+        return self._ask("DELETE", self._path, timeout=_ASK_SECONDS)
+
+    def close(self) -> None:
+        """End all connections, those of other threads too: nobody asks any more."""
+        with self._lock:
+            for connection in self._connections:
+                connection.close()
+            self._connections.clear()
+
+    def _ask(self, method: str, path: str, **more: Any) -> PeerState:
+        try:
+            answer = self._connection().request(method, path, **more)
+        except PeerError as error:
+            if error.status >= 500 or error.status in (408, 429):
+                raise UnreachableError(error.message) from error
+            raise _ERRORS.get(error.status, FailedError)(error.message, hint=error.hint) from error
+        try:
+            said = answer.json["handoff"]
+            return PeerState(
+                str(said["state"]), int(said.get("records", 0)), str(said.get("holds") or "base"),
+                dict(said), str(said.get("reason") or ""),
+            )  # fmt: skip
+        except (TypeError, KeyError, ValueError) as error:
+            raise FailedError("what the peer answered is not understood") from error
+
+    def _connection(self) -> PeerConnection:
+        connection: PeerConnection | None = getattr(self._own, "connection", None)
+        if connection is None:
+            connection = self._own.connection = self._connect()
+            with self._lock:
+                self._connections.append(connection)
+        return connection

@@ -1,0 +1,210 @@
+"""The departure of a keeper's machine: begun once, asked for by any number, gone on with by itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cloudlet.control.handoff import Departure, Parcel, Progress
+from cloudlet.control.imaging import make_image
+from cloudlet.control.ownership import Ownership, OwnershipFile, Record
+from cloudlet.control.pace import Terms
+from cloudlet.control.site import Site
+from cloudlet.control.synthesis import Synthesised
+from cloudlet.errors import CloudletError, ConflictError, NotFoundError
+from cloudlet.forwarder.moved import Forwarding
+from cloudlet.hypervisor.driver import Layer
+from cloudlet.hypervisor.qemu.network import MAX_CONNECTIONS
+from cloudlet.keeper.control import Control
+from cloudlet.keeper.correspondence import HttpPeer
+from cloudlet.keeper.order import Order
+from cloudlet.overlay.index import JoinedIndex, Lookup, index_of_layer
+from cloudlet.overlay.known import KnownPages
+from cloudlet.transfer.source import open_source
+
+Told = Callable[[int, int], None]
+_TOLD_SECONDS = 1.0
+"""Between two words to who waits, so that they know that it goes on."""
+
+
+class Leaving:
+    """At most one departure at a time of one machine."""
+
+    def __init__(
+        self, folder: Path, site: Site, made: Synthesised, control: Control, order: Order
+    ) -> None:
+        self.forwarding: Forwarding | None = None
+        """Who takes connections to where the machine is now, once it is."""
+        self._folder = folder
+        self._site = site
+        self._made = made
+        self._control = control
+        self._order = order
+        self._lock = threading.Lock()
+        self._departure: Departure | None = None
+        self._thread: threading.Thread | None = None
+        self._handoff = ""
+        self.grace = 0.0
+        """Seconds in which users are shown the way."""
+        self._error: CloudletError | None = None
+        self._told: dict[str, Any] = {}
+
+    def gone_for_good(self) -> bool:
+        """Whether the machine, which has ended, is another site's.
+
+        If it ended while nobody knew yet whose it is, this waits until that is known.
+        """
+        if self._thread:
+            self._thread.join()
+        return self._departure is not None and self._departure.state is Ownership.COMPLETED
+
+    def close(self) -> None:
+        """Show nobody the way any more."""
+        if self.forwarding:
+            self.forwarding.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether the machine is leaving just now, and nothing else may be done with it."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def describe(self) -> dict[str, Any]:
+        """What another site has to know of the machine, to have it."""
+        made = self._made
+        return {
+            "root": base64.b64encode(made.root.encode()).decode(),
+            "overlay": made.overlay_id,
+            "generation_id": made.instance.generation_id(),
+            "layer": self._layer() is not None,
+        }
+
+    def depart(self, message: Mapping[str, Any], told: Told) -> dict[str, Any]:
+        """Hand the machine off as the message says, and wait for the end; who asks again waits for the same.
+
+        :raises CloudletError: it stays here.
+        """
+        with self._lock:
+            if message["handoff"] != self._handoff:
+                if self.busy:
+                    raise ConflictError("the instance is being handed off already")
+                self._begin(message)
+            thread, departure = self._thread, self._departure
+        assert thread and departure
+        while thread.is_alive():
+            thread.join(_TOLD_SECONDS)
+            told(departure.statistics.bytes, 0)
+        if self._error:
+            raise self._error
+        return {"told": self._told, "statistics": asdict(departure.statistics)}
+
+    def stay(self) -> None:
+        """Cancel the departure, if there is one.
+
+        :raises ConflictError: the machine is another site's already.
+        """
+        if self._departure and self.busy:
+            self._departure.cancel()
+
+    def keep(self) -> None:
+        """An operator's word while the peer is silent: the machine stays.
+
+        :raises ConflictError: there is nothing to decide.
+        """
+        if not self._departure or not self.busy:
+            raise ConflictError("the instance is not being handed off")
+        self._departure.keep()
+
+    def _begin(self, message: Mapping[str, Any]) -> None:
+        record = Record(
+            handoff=message["handoff"], instance=message["instance"], epoch=message["epoch"],
+            state=Ownership.COPYING, paused=self._control.status.paused,
+        )  # fmt: skip
+        peer = HttpPeer.of(message["peer"], message["handoff"], self._site.keys)
+        stack = ExitStack()
+        try:
+            parcel = self._parcel(message, stack)
+            self._error, self._told = None, {}
+            self._handoff, self.grace = record.handoff, float(message["grace"])
+            self._departure = Departure(
+                OwnershipFile(self._folder, record), peer, Terms.from_json(message["terms"]), parcel,
+                self._progress, message.get("rate"),
+            )  # fmt: skip
+        except BaseException:
+            stack.close()
+            raise
+        run = (self._departure, peer, stack)
+        self._thread = threading.Thread(target=self._run, args=run, name="departure", daemon=True)
+        self._thread.start()
+
+    def _parcel(self, message: Mapping[str, Any], stack: ExitStack) -> Parcel:
+        """What is to be sent, and what both ends hold: the base, and the app's layer if it stands on one."""
+        made, hypervisor = self._made, self._site.hypervisor
+        base = self._site.bases.get(made.root.base)
+        pages = stack.enter_context(base.pages())
+        indexes: list[Lookup] = [base.index()]
+        if shared := message["holds"] == "overlay":
+            if not (layer := self._layer()):
+                raise NotFoundError("the image of the app is gone", hint="hand it off once more")
+            held = stack.enter_context(hypervisor.layer_pages(layer, base.machine))
+            known = KnownPages(pages, held, layer.overlay_id)
+            indexes.append(index_of_layer(known))
+        else:
+            known = KnownPages(pages)
+        return Parcel(
+            made.instance, known, JoinedIndex(indexes), int(message["seed"], 16), with_layer=not shared
+        )
+
+    def _layer(self) -> Layer | None:
+        """The app's layer: what the machine stands on, or else that of the app's image, made now if it can be."""
+        made, images = self._made, self._site.images
+        if made.instance.layer:
+            return made.instance.layer
+        image = images.find(made.overlay_id)
+        read = image.read(made.root) if image else None
+        if not read and Path(self._order.source).is_file():
+            with suppress(CloudletError, OSError), open_source(self._order.source, io.BytesIO()) as source:
+                image = make_image(self._site, source, allow_unsigned=self._order.allow_unsigned)
+                read = image.read(made.root)
+        return read[0] if read else None
+
+    def _run(self, departure: Departure, peer: HttpPeer, stack: ExitStack) -> None:
+        try:
+            departure.run()
+            self._left()
+        except CloudletError as error:
+            self._error = error
+        finally:
+            stack.close()
+            peer.close()
+
+    def _left(self) -> None:
+        """The machine is another site's: end what there is of it here, and show its users the way."""
+        instance = self._made.instance
+        told = self._departure.told if self._departure else {}
+        endpoints = told.get("endpoints", ())
+        places = {place["guest_port"]: (place["host"], place["host_port"]) for place in endpoints}
+        ways = [
+            (listener, places[endpoint.guest_port])
+            for endpoint, listener in instance.take_listeners()
+            if endpoint.guest_port in places
+        ]
+        self._told = dict(told)
+        with suppress(OSError):  # an address that is none from here: then nobody is shown the way
+            self.forwarding = Forwarding(ways, MAX_CONNECTIONS)
+        instance.stop()
+
+    def _progress(self, progress: Progress) -> None:
+        forecast = progress.forecast.to_json() if progress.forecast else None
+        self._control.tell(
+            keep=progress.state is not Ownership.COPYING,
+            handoff={
+                "id": self._handoff, "state": progress.state.value, "rounds": progress.rounds,
+                "bytes": progress.bytes_sent, "forecast": forecast, "in_doubt": progress.in_doubt,
+            },
+        )  # fmt: skip

@@ -1,0 +1,450 @@
+"""Hand-offs from peers: admitted before a byte comes, filled by keepers, this site's when the source says so.
+
+What is loaded and decided is the keeper's (:mod:`cloudlet.control.handoff`); this admits, answers the source,
+and says in the rows what has become of it. An instance that was here before keeps its row.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.engine import Connection
+
+from cloudlet.control.courier import PeerState
+from cloudlet.control.imaging import make_image
+from cloudlet.control.ownership import Ownership, OwnershipFile, Record, read_record
+from cloudlet.errors import (
+    CloudletError,
+    ConflictError,
+    CorruptError,
+    FailedError,
+    MismatchError,
+    NotFoundError,
+)
+from cloudlet.keeper.order import ArrivalOrder, Order, Status, describe
+from cloudlet.model import PublishedPort
+from cloudlet.overlay.root import Root
+from cloudlet.service import capacity
+from cloudlet.service.capacity import Usage
+from cloudlet.service.keeping import endpoints_of
+from cloudlet.service.steps import Running
+from cloudlet.service.work import operation
+from cloudlet.store import journal
+from cloudlet.store.rows import (
+    HANDOFFS,
+    INSTANCES,
+    OVERLAYS,
+    PEERS,
+    Direction,
+    FileState,
+    Handoff,
+    HandoffState,
+    Instance,
+    InstanceState,
+    Overlay,
+    Peer,
+    now,
+)
+from cloudlet.transfer.source import open_source
+
+if TYPE_CHECKING:
+    from cloudlet.service.site import ServedSite
+
+_COMING = tuple(state for state in HandoffState if not state.ended)
+_ASK_SECONDS = 10.0
+_LOAD_SECONDS = 80.0
+"""Longest time in which a keeper loads what came, and a whole machine at last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """An instance that a peer offers, as it stands in the message."""
+
+    id: str
+    seed: str
+    needs: str
+    instance: Mapping[str, Any]
+
+
+class Arrivals:
+    """The hand-offs that come to this site."""
+
+    def __init__(self, site: ServedSite) -> None:
+        self._site = site
+
+    def offer(self, peer: Peer, offered: Offered) -> Handoff:
+        """Admit an instance, and make a place for it; who offers it again is told of the same.
+
+        :raises MismatchError: it is of another base or machine than there is here.
+        :raises NotFoundError: it needs an overlay that is not here.
+        :raises ConflictError: it is here, or was here later than it was there.
+        :raises CapacityError: it does not fit.
+        """
+        wanted = offered.instance
+        root = _root(wanted["root"])
+        self._check(root, wanted, offered.needs)
+        handoff = Handoff(
+            id=offered.id, project_id=wanted["project_id"], user_id=wanted["user_id"],
+            instance_id=wanted["id"], direction=Direction.IN, peer_id=peer.id, epoch=wanted["epoch"],
+            paused=wanted["paused"],
+            order={"seed": offered.seed, "needs": offered.needs, "instance": dict(wanted)},
+        )  # fmt: skip
+
+        def admit(connection: Connection) -> tuple[Handoff, Any]:
+            if known := HANDOFFS.find(connection, id=offered.id):
+                _check_peer(known, peer)
+                return known, None
+            instance = self._admit(connection, wanted, root)
+            HANDOFFS.insert(connection, handoff)
+            about = {"instance_id": instance.id, "peer_id": peer.id}
+            journal.emit(connection, "handoff", "preparing", handoff, **about)
+            begun = operation("handoff.receive", instance, {"instance": instance.id, "handoff": handoff.id})
+            return handoff, self._site.work.add(connection, begun)
+
+        made, begun = self._site.database.write(admit)
+        if begun:
+            self._site.work.submit(begun)
+        return made
+
+    def provide(self, handoff: Handoff, running: Running) -> None:
+        """Decide what the machine stands on here, and have that here.
+
+        :raises CloudletError: it must stand on its overlay, and that does not come.
+        """
+        if "holds" in handoff.order:
+            return
+        needs, wanted = handoff.order["needs"], handoff.order["instance"]
+        holds = "base"
+        if needs != "nothing":
+            try:
+                self._have_image(wanted, running)
+                holds = "overlay"
+            except CloudletError:
+                if needs == "overlay":
+                    raise
+        order = {**handoff.order, "holds": holds}
+        self._site.database.write(lambda connection: HANDOFFS.update(connection, handoff.id, order=order))
+
+    def order(self, handoff: Handoff) -> Order:
+        """What the keeper is told."""
+        wanted, peer = handoff.order["instance"], self._peer(handoff)
+        return Order(
+            source="",
+            ports=self._ports(wanted),
+            only_these=True,
+            arrival=ArrivalOrder(
+                handoff=handoff.id,
+                instance=handoff.instance_id,
+                epoch=handoff.epoch,
+                seed=handoff.order["seed"],
+                root=wanted["root"],
+                overlay=wanted["overlay"],
+                holds=handoff.order["holds"],
+                generation_id=wanted["generation_id"],
+                paused=handoff.paused,
+                patience=self._site.options.peers.patience_seconds,
+                peer={
+                    "own_id": self._site.id,
+                    "id": peer.id,
+                    "url": peer.url,
+                    "public_key": peer.public_key,
+                },
+            ),
+        )
+
+    def receiving(self, handoff: Handoff) -> None:
+        """It can be filled now."""
+        self._become(handoff, HandoffState.COPYING, {HandoffState.PREPARING})
+
+    def get(self, peer: Peer, handoff_id: str) -> Handoff:
+        """A hand-off with this peer, in either direction.
+
+        :raises NotFoundError: there is none.
+        """
+        handoff = self._site.database.read(lambda connection: HANDOFFS.get(connection, handoff_id))
+        _check_peer(handoff, peer)
+        return handoff
+
+    def records(self, handoff: Handoff, first: int, body: bytes) -> PeerState:
+        """Have records loaded that came.
+
+        :raises CorruptError: they are damaged.
+        :raises ConflictError: those before them have not come.
+        """
+        return self._ask(handoff, "records", _LOAD_SECONDS, first=first, body=body)
+
+    def commit(self, handoff: Handoff, epoch: int) -> PeerState:
+        """The source has given the instance away: it runs here.
+
+        :raises ConflictError: it is not complete.
+        """
+        if epoch != handoff.epoch:
+            raise ConflictError(f"the hand-off is of epoch {handoff.epoch}, not {epoch}")
+        return self._ask(handoff, "commit", _ASK_SECONDS, epoch=epoch)
+
+    def drop(self, handoff: Handoff) -> PeerState:
+        """The source keeps the instance.
+
+        :raises ConflictError: it runs here.
+        """
+        if handoff.state is HandoffState.PREPARING:
+            self._site.keeping.end(handoff.instance_id)
+            self.gone(handoff, FailedError("the source has taken it back"))
+            return self.state(handoff)
+        return self._ask(handoff, "drop", _ASK_SECONDS, reason="the source has taken it back")
+
+    def take(self, handoff: Handoff) -> PeerState:
+        """An operator's word while the source is silent: it runs here, though it may run there too.
+
+        :raises ConflictError: it is not complete, or it is decided.
+        """
+        if handoff.state.ended:
+            raise ConflictError(f"the hand-off is {handoff.state}: there is nothing to decide")
+        return self._ask(handoff, "take", _ASK_SECONDS)
+
+    def state(self, handoff: Handoff) -> PeerState:
+        """What the source is told."""
+        handoff = self._site.database.read(lambda connection: HANDOFFS.get(connection, handoff.id))
+        if handoff.state.ended or handoff.state is HandoffState.PREPARING:
+            return _ended(handoff)
+        record = self._record(handoff)
+        if record is None:
+            return PeerState(Ownership.DROPPED, reason="its machine is gone")
+        if not self._site.keeping.keepers.lives(handoff.instance_id):
+            record = self._left_alone(handoff, record)
+        return self._said(handoff, record.state, record.reason)
+
+    def look_at(self, instance: Instance, status: Status) -> None:
+        """Note what a keeper says of an instance that comes here."""
+        coming = {"instance_id": instance.id, "direction": Direction.IN, "state": _COMING}
+        handoff = self._site.database.read(lambda connection: HANDOFFS.find(connection, **coming))
+        record = self._record(handoff) if handoff else None
+        if not handoff or not record:
+            return
+        if not self._site.keeping.keepers.lives(instance.id):
+            record = self._left_alone(handoff, record)
+        self._said(handoff, record.state, record.reason, status)
+
+    def gone(self, handoff: Handoff, error: CloudletError) -> None:
+        """The instance is not here, and never ran here; can be done again."""
+
+        def note(connection: Connection) -> None:
+            before = HANDOFFS.get(connection, handoff.id, lock=True)
+            if before.state.ended:
+                return
+            done = HANDOFFS.update(connection, handoff.id, state=HandoffState.REVERTED, error=describe(error))
+            journal.emit(connection, "handoff", HandoffState.REVERTED, done, instance_id=done.instance_id)
+            with suppress(NotFoundError):
+                instance = INSTANCES.get(connection, handoff.instance_id, lock=True)
+                if instance.state is not InstanceState.MOVING:
+                    return
+                if instance.moved_to:
+                    INSTANCES.update(connection, instance.id, state=InstanceState.MOVED)
+                else:
+                    INSTANCES.delete(connection, instance.id)
+
+        self._site.database.write(note)
+        if not self._site.keeping.keepers.lives(handoff.instance_id):
+            self._site.keeping.end(handoff.instance_id)
+
+    def _ask(self, handoff: Handoff, what: str, timeout: float, **more: Any) -> PeerState:
+        """Have the keeper do something; what has become of the hand-off then."""
+        if handoff.state.ended:
+            return _ended(handoff)
+        try:
+            said = self._site.keeping.keepers.ask(handoff.instance_id, what, timeout=timeout, **more)
+        except CloudletError:
+            if self._site.keeping.keepers.lives(handoff.instance_id):
+                raise
+            return self.state(handoff)
+        return self._said(handoff, Ownership(said["state"]), said["reason"], records=said["records"])
+
+    def _said(
+        self,
+        handoff: Handoff,
+        state: Ownership,
+        reason: str,
+        status: Status | None = None,
+        records: int = 0,
+    ) -> PeerState:
+        """Have the rows say what the keeper has decided."""
+        if state is Ownership.RUNNING:
+            return self._arrived(handoff, status)
+        if state is Ownership.DROPPED:
+            self.gone(handoff, FailedError(reason or "its machine ended"))
+        elif status and (status.handoff or {}).get("in_doubt"):
+            self._become(handoff, HandoffState.IN_DOUBT, {HandoffState.COPYING, HandoffState.SWITCHING})
+        elif state is Ownership.LOADED:
+            self._become(handoff, HandoffState.SWITCHING, {HandoffState.COPYING})
+        return PeerState(state, records, handoff.order.get("holds", "base"), reason=reason)
+
+    def _arrived(self, handoff: Handoff, status: Status | None) -> PeerState:
+        """The instance is this site's; can be done again."""
+        status = status or self._site.keeping.keepers.status(handoff.instance_id)
+        endpoints = endpoints_of(status) if status else []
+        wanted = handoff.order["instance"]
+
+        def note(connection: Connection) -> Handoff:
+            before = HANDOFFS.get(connection, handoff.id, lock=True)
+            if before.state.ended:
+                return before
+            told = {"endpoints": endpoints, "events_after": journal.last_number(connection)}
+            lease = wanted["lease"]
+            ends = now() + timedelta(seconds=lease["left"]) if lease["left"] is not None else None
+            state = InstanceState.PAUSED if handoff.paused else InstanceState.ACTIVE
+            after = INSTANCES.update(
+                connection, handoff.instance_id, state=state, endpoints=endpoints, epoch=handoff.epoch + 1,
+                moved_to=None, expires_at=ends, lease_seconds=lease["seconds"], warned=lease["warned"],
+                error=None, timings=dict(status.timings) if status else {}, **_described(wanted),
+            )  # fmt: skip
+            done = HANDOFFS.update(connection, handoff.id, state=HandoffState.COMPLETED, told=told)
+            journal.emit(connection, "handoff", HandoffState.COMPLETED, done, instance_id=after.id)
+            journal.emit(
+                connection, "instance", "arrived", after, state=state, endpoints=endpoints,
+                handoff_id=handoff.id, from_=handoff.peer_id,
+            )  # fmt: skip
+            return done
+
+        done = self._site.database.write(note)
+        self._site.leases.look()
+        # It may have ended since.
+        self._site.keeping.look_again(handoff.instance_id)
+        return _ended(done)
+
+    def _left_alone(self, handoff: Handoff, record: Record) -> Record:
+        """What a keeper that was killed has decided: a machine that never ran is dropped."""
+        if record.state in (Ownership.RECEIVING, Ownership.LOADED):
+            file = OwnershipFile(self._site.keeping.folder(handoff.instance_id), record)
+            file.become(Ownership.DROPPED, reason="its machine ended")
+            record = file.record
+        return record
+
+    def _record(self, handoff: Handoff) -> Record | None:
+        record = read_record(self._site.keeping.folder(handoff.instance_id))
+        return record if record and record.handoff == handoff.id else None
+
+    def _check(self, root: Root, wanted: Mapping[str, Any], needs: str) -> None:
+        machine = self._site.machine
+        try:
+            base = machine.bases.get(root.base)
+        except NotFoundError as error:
+            raise MismatchError(
+                f"the base {root.base[:16]} of the instance is not at this site",
+                hint="have its operator import it",
+            ) from error
+        machine.hypervisor.check(root.machine)
+        root.check_base(base.id, base.machine, base.description.sections)
+        # What is started again when it ended is started from its overlay.
+        if (needs == "overlay" or wanted["restart"]) and not self._has_overlay(wanted):
+            raise NotFoundError(
+                f"the overlay {wanted['overlay'][:16]} of the instance is neither here nor can be fetched",
+                hint="upload it to the target, or hand the instance off without it",
+            )
+
+    def _admit(self, connection: Connection, wanted: Mapping[str, Any], root: Root) -> Instance:
+        """The row of an instance that is to come, under the lock of what is admitted."""
+        machine = root.machine
+        usage = Usage(1, machine.memory_bytes, machine.cpus, machine.disk_bytes)
+        capacity.admit(connection, self._site.options.limits, usage)
+        here = INSTANCES.find(connection, id=wanted["id"])
+        if here is None:
+            coming = Instance(
+                id=wanted["id"], project_id=wanted["project_id"], user_id=wanted["user_id"],
+                created_at=datetime.fromisoformat(wanted["created_at"]), state=InstanceState.MOVING,
+                base_identity=root.base, memory_bytes=machine.memory_bytes, disk_bytes=machine.disk_bytes,
+                cpus=machine.cpus, epoch=wanted["epoch"], **_described(wanted),
+                order=Order(source="", ports=self._ports(wanted), only_these=True).to_json(),
+            )  # fmt: skip
+            if overlay := self._overlay(connection, wanted):
+                coming = replace(coming, overlay_id=overlay.id, restart=bool(wanted["restart"]))
+            return INSTANCES.insert(connection, coming)
+        if here.state is not InstanceState.MOVED:
+            raise ConflictError(f"instance {here.id} is here, and {here.state}")
+        if wanted["epoch"] <= here.epoch:
+            raise ConflictError(
+                f"instance {here.id} has left here in epoch {here.epoch}, "
+                f"and is offered in epoch {wanted['epoch']}"
+            )
+        return INSTANCES.update(connection, here.id, state=InstanceState.MOVING)
+
+    def _have_image(self, wanted: Mapping[str, Any], running: Running) -> None:
+        """Have the image of the overlay here.
+
+        :raises NotFoundError: neither is it here, nor are the overlay's bytes.
+        """
+        root = _root(wanted["root"])
+        image = self._site.machine.images.find(wanted["overlay"])
+        if image and image.read(root):
+            return
+        overlay = self._site.database.read(lambda connection: self._overlay(connection, wanted))
+        if overlay is None:
+            raise NotFoundError(f"overlay {wanted['overlay'][:16]} is not here")
+        order = self._site.overlays.order(overlay.id, Order(source=""))
+        networks = self._site.options.fetch_networks
+        with open_source(order.source, io.BytesIO(), networks=networks) as source:
+            make_image(
+                self._site.machine, source, allow_unsigned=order.allow_unsigned, progress=running.progress
+            )
+
+    def _has_overlay(self, wanted: Mapping[str, Any]) -> bool:
+        if self._site.machine.images.find(wanted["overlay"]):
+            return True
+        return self._site.database.read(lambda connection: self._overlay(connection, wanted)) is not None
+
+    def _overlay(self, connection: Connection, wanted: Mapping[str, Any]) -> Overlay | None:
+        """The site's own record of the overlay, if its user may use that."""
+        for overlay in OVERLAYS.list(connection, identity=wanted["overlay"], state=FileState.ACTIVE):
+            if overlay.public or overlay.user_id == wanted["user_id"]:
+                return overlay
+        return None
+
+    def _ports(self, wanted: Mapping[str, Any]) -> tuple[PublishedPort, ...]:
+        """The instance's ports, on this site's address."""
+        address = self._site.options.publish_address
+        return tuple(
+            PublishedPort(port["guest_port"], address, port["host_port"], port["name"])
+            for port in wanted["ports"]
+        )
+
+    def _become(self, handoff: Handoff, state: HandoffState, before: set[HandoffState]) -> None:
+        def note(connection: Connection) -> None:
+            with suppress(ConflictError):
+                after = HANDOFFS.update(connection, handoff.id, where={"state": before}, state=state)
+                journal.emit(connection, "handoff", state, after, instance_id=after.instance_id)
+
+        self._site.database.write(note)
+
+    def _peer(self, handoff: Handoff) -> Peer:
+        return self._site.database.read(lambda connection: PEERS.get(connection, handoff.peer_id))
+
+
+def _described(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": wanted["name"], "metadata": dict(wanted["metadata"])}
+
+
+def _ended(handoff: Handoff) -> PeerState:
+    """What is told of a hand-off that is not the keeper's any more, or not yet."""
+    states = {HandoffState.COMPLETED: Ownership.RUNNING.value, HandoffState.REVERTED: Ownership.DROPPED.value}
+    error = handoff.error or {}
+    return PeerState(
+        states.get(handoff.state, "preparing"), told=dict(handoff.told or {}), reason=error.get("message", "")
+    )
+
+
+def _check_peer(handoff: Handoff, peer: Peer) -> None:
+    if handoff.peer_id != peer.id:
+        raise NotFoundError(f"there is no hand-off {handoff.id}")
+
+
+def _root(text: str) -> Root:
+    try:
+        return Root.decode(base64.b64decode(text, validate=True))
+    except binascii.Error as error:
+        raise CorruptError("the root of the instance's overlay is not base64") from error

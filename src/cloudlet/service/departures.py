@@ -1,0 +1,318 @@
+"""Hand-offs to peers: asked for, watched, cancelled, and brought to their end whoever was killed meanwhile.
+
+What is sent and decided is the keeper's (:mod:`cloudlet.control.handoff`); this is what its site knows of it,
+and what it decides where the keeper is gone. Of each hand-off there is a row, at both sites under one id.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.engine import Connection
+
+from cloudlet.control.courier import PeerState
+from cloudlet.control.handoff import Departure
+from cloudlet.control.ownership import Ownership, OwnershipFile, read_record
+from cloudlet.control.pace import Terms
+from cloudlet.errors import CloudletError, ConflictError
+from cloudlet.keeper.correspondence import HttpPeer
+from cloudlet.keeper.order import describe
+from cloudlet.service.instances import check_here
+from cloudlet.service.work import operation
+from cloudlet.store import journal
+from cloudlet.store.retries import Remember, forget
+from cloudlet.store.rows import (
+    HANDOFFS,
+    INSTANCES,
+    PEERS,
+    Direction,
+    Handoff,
+    HandoffState,
+    Instance,
+    InstanceState,
+    Operation,
+    Peer,
+    now,
+)
+
+if TYPE_CHECKING:
+    from cloudlet.service.site import ServedSite
+
+_RUNNING = (InstanceState.ACTIVE, InstanceState.PAUSED)
+_STATES: Mapping[Ownership, HandoffState] = {
+    Ownership.COPYING: HandoffState.COPYING,
+    Ownership.SWITCHING: HandoffState.SWITCHING,
+    Ownership.COMMITTED: HandoffState.SWITCHING,
+    Ownership.COMPLETED: HandoffState.COMPLETED,
+    Ownership.REVERTED: HandoffState.REVERTED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What somebody wants of a hand-off."""
+
+    peer: Peer
+    terms: Terms = field(default_factory=Terms)
+    needs: str = "any"
+    """Whether the target must (``overlay``), may (``any``) or must not (``nothing``) use the overlay."""
+
+
+class Departures:
+    """The hand-offs that leave this site."""
+
+    def __init__(self, site: ServedSite) -> None:
+        self._site = site
+
+    def create(
+        self, instance: Instance, wish: Wish, remember: Remember = forget, request_id: str = ""
+    ) -> tuple[Handoff, Operation]:
+        """Have an instance handed off to a peer.
+
+        :raises ConflictError: it does not run, or is being handed off already.
+        """
+        self._site.peers.connection(wish.peer).close()  # which a blocked one has none of
+        row = Handoff(
+            project_id=instance.project_id, user_id=instance.user_id, instance_id=instance.id,
+            direction=Direction.OUT, peer_id=wish.peer.id, epoch=instance.epoch,
+            order={"terms": wish.terms.to_json(), "needs": wish.needs, "seed": secrets.token_hex(8)},
+        )  # fmt: skip
+
+        def begin(connection: Connection) -> tuple[Handoff, Operation]:
+            before = INSTANCES.get(connection, instance.id, lock=True)
+            check_here(before)
+            if before.state not in _RUNNING:
+                raise ConflictError(
+                    f"instance {instance.id} is {before.state}", hint="only one that runs can be handed off"
+                )
+            paused = before.state is InstanceState.PAUSED
+            made = HANDOFFS.insert(connection, replace(row, paused=paused, epoch=before.epoch))
+            moving = INSTANCES.update(connection, instance.id, state=InstanceState.MOVING)
+            journal.emit(connection, "instance", "moving", moving, handoff_id=made.id, peer_id=wish.peer.id)
+            begun = operation("handoff.send", moving, {"instance": moving.id, "handoff": made.id})
+            begun = self._site.work.add(connection, replace(begun, request_id=request_id))
+            remember(connection, begun.id)
+            return made, begun
+
+        made, begun = self._site.database.write(begin)
+        self._site.work.submit(begun)
+        return made, begun
+
+    def offer(self, handoff: Handoff) -> dict[str, Any]:
+        """What is offered to the peer.
+
+        :raises CloudletError: the machine has gone.
+        """
+        instance = self._instance(handoff)
+        about = self._site.keeping.keepers.ask(instance.id, "describe")
+        needs = handoff.order["needs"]
+        if not about.pop("layer") and needs == "any":
+            needs = "nothing"  # this end knows nothing of the app's layer
+        lease: dict[str, Any] = {"warned": instance.warned}
+        if instance.lease_seconds:
+            lease["seconds"] = instance.lease_seconds
+        if instance.expires_at:
+            lease["left"] = (instance.expires_at - now()).total_seconds()
+        return {
+            "id": handoff.id,
+            "seed": handoff.order["seed"],
+            "needs": needs,
+            "instance": {
+                "id": instance.id,
+                "epoch": handoff.epoch,
+                "name": instance.name,
+                "project_id": instance.project_id,
+                "user_id": instance.user_id,
+                "metadata": dict(instance.metadata),
+                "ports": list(instance.order.get("ports", ())),
+                "restart": instance.restart,
+                "lease": lease,
+                "paused": handoff.paused,
+                "cpus": instance.cpus,
+                "created_at": instance.created_at.isoformat(),
+                **about,
+            },
+        }
+
+    def depart(self, handoff: Handoff, holds: str) -> dict[str, Any]:
+        """What the keeper is told."""
+        grace = self._site.options.peers.grace_seconds
+        return {
+            "handoff": handoff.id,
+            "instance": handoff.instance_id,
+            "epoch": handoff.epoch,
+            "seed": handoff.order["seed"],
+            "terms": handoff.order["terms"],
+            "holds": holds,
+            "grace": grace,
+            "rate": self._rate(handoff.peer_id),
+            "peer": self._whom(handoff),
+        }
+
+    def peer(self, handoff: Handoff) -> HttpPeer:
+        """The other end of a hand-off."""
+        return HttpPeer.of(self._whom(handoff), handoff.id, self._site.machine.keys)
+
+    def left_alone(self, handoff: Handoff, peer: HttpPeer) -> Departure | None:
+        """The departure whose keeper is gone, if that had begun."""
+        folder = self._site.keeping.folder(handoff.instance_id)
+        record = read_record(folder)
+        if record is None or record.handoff != handoff.id:
+            return None
+        return Departure(
+            OwnershipFile(folder, record), peer, Terms.from_json(dict(handoff.order["terms"])),
+            told=lambda progress: self.note(handoff.id, progress.state, in_doubt=progress.in_doubt),
+        )  # fmt: skip
+
+    def note(self, handoff_id: str, state: Ownership, *, in_doubt: bool = False, **more: Any) -> None:
+        """Have the row say how far it is."""
+        shown = HandoffState.IN_DOUBT if in_doubt else _STATES[state]
+        if shown in (HandoffState.COMPLETED, HandoffState.REVERTED):
+            return  # said with what follows from it, in one transaction
+
+        def note(connection: Connection) -> None:
+            before = HANDOFFS.get(connection, handoff_id, lock=True)
+            if before.state.ended:
+                return
+            after = HANDOFFS.update(connection, handoff_id, state=shown, **more)
+            if before.state is not shown:
+                journal.emit(connection, "handoff", shown, after, instance_id=after.instance_id)
+
+        self._site.database.write(note)
+
+    def moved(self, handoff: Handoff, told: Mapping[str, Any], statistics: Mapping[str, Any]) -> None:
+        """The instance is the peer's: its row says where it is; can be done again."""
+        peer = self._peer(handoff)
+        where = {
+            "cloudlet_id": peer.id,
+            "url": str(told.get("api_url") or ""),
+            "endpoints": list(told.get("endpoints") or ()),
+            "events_after": told.get("events_after"),
+        }
+
+        def note(connection: Connection) -> None:
+            if HANDOFFS.get(connection, handoff.id, lock=True).state.ended:
+                return
+            done = HANDOFFS.update(
+                connection, handoff.id, state=HandoffState.COMPLETED, told=where, statistics=dict(statistics)
+            )
+            after = INSTANCES.update(
+                connection, handoff.instance_id, state=InstanceState.MOVED, endpoints=[], moved_to=where,
+                expires_at=None,
+            )  # fmt: skip
+            journal.emit(connection, "handoff", HandoffState.COMPLETED, done, instance_id=after.id)
+            journal.emit(connection, "instance", "moved", after, handoff_id=handoff.id, moved_to=where)
+
+        self._site.database.write(note)
+        if not self._site.keeping.keepers.lives(handoff.instance_id):
+            self._site.keeping.end(handoff.instance_id)  # nobody shows users the way
+
+    def stayed(self, handoff: Handoff, error: CloudletError) -> None:
+        """It came to nothing: the instance is here, as it was, unless it ended; can be done again."""
+        record = read_record(self._site.keeping.folder(handoff.instance_id))
+        if record and record.handoff == handoff.id and record.state is Ownership.COMPLETED:
+            self.moved(handoff, record.told, {})
+            return
+        if record and record.handoff == handoff.id and record.state is Ownership.COMMITTED:
+            # What failed was to wait for the peer's word: nobody knows yet. `handoff resolve` goes on.
+            self.note(handoff.id, record.state, in_doubt=True, error=describe(error))
+            return
+        lives = self._site.keeping.keepers.lives(handoff.instance_id)
+
+        def note(connection: Connection) -> None:
+            if HANDOFFS.get(connection, handoff.id, lock=True).state.ended:
+                return
+            done = HANDOFFS.update(connection, handoff.id, state=HandoffState.REVERTED, error=describe(error))
+            journal.emit(connection, "handoff", HandoffState.REVERTED, done, instance_id=done.instance_id)
+            before = INSTANCES.get(connection, handoff.instance_id, lock=True)
+            if before.state is not InstanceState.MOVING:
+                return
+            state = InstanceState.PAUSED if handoff.paused else InstanceState.ACTIVE
+            after = INSTANCES.update(connection, before.id, state=state)
+            journal.emit(connection, "instance", "stayed", after, handoff_id=handoff.id, error=done.error)
+
+        self._site.database.write(note)
+        self._site.leases.look()
+        if not lives:
+            self._site.keeping.look_again(handoff.instance_id)
+
+    def resolve(self, handoff: Handoff) -> Operation:
+        """Have it go on, if it was left in doubt; who asks again is told of the same.
+
+        :raises ConflictError: it is decided.
+        """
+
+        def begin(connection: Connection) -> Operation:
+            row = HANDOFFS.get(connection, handoff.id, lock=True)
+            if row.state.ended:
+                raise ConflictError(f"the hand-off is {row.state}: there is nothing to decide")
+            for open_ in self._site.work.open_on(connection, row.instance_id):
+                if open_.resources.get("handoff") == row.id:
+                    return open_
+            resources = {"instance": row.instance_id, "handoff": row.id}
+            return self._site.work.add(connection, operation("handoff.send", row, resources))
+
+        begun = self._site.database.write(begin)
+        self._site.work.submit(begun)
+        return begun
+
+    def keep(self, handoff: Handoff) -> None:
+        """An operator's word while the peer is silent: it runs here again, though it may run there too.
+
+        :raises ConflictError: there is nothing to decide, or its machine is gone.
+        """
+        self._site.keeping.keepers.ask(handoff.instance_id, "keep")
+
+    def cancel(self, handoff: Handoff) -> Operation:
+        """Have the instance stay.
+
+        :raises ConflictError: it has ended.
+        """
+        for open_ in self._site.database.read(
+            lambda connection: self._site.work.open_on(connection, handoff.instance_id)
+        ):
+            if open_.resources.get("handoff") == handoff.id:
+                return self._site.work.cancel(open_.id)
+        raise ConflictError(f"the hand-off is {handoff.state}: there is nothing to cancel")
+
+    def state(self, handoff: Handoff) -> PeerState:
+        """What a peer is told that asks how the source has decided."""
+        record = None
+        with suppress(CloudletError, OSError):
+            record = read_record(self._site.keeping.folder(handoff.instance_id))
+        if record and record.handoff == handoff.id:
+            return PeerState(record.state, reason=record.reason)
+        known = {HandoffState.COMPLETED: Ownership.COMPLETED, HandoffState.REVERTED: Ownership.REVERTED}
+        return PeerState(known.get(handoff.state, Ownership.COPYING))
+
+    def accepted(self, handoff: Handoff, holds: str) -> None:
+        """The peer has a place for the instance, on what it holds."""
+        order = {**handoff.order, "holds": holds}
+        self._site.database.write(lambda connection: HANDOFFS.update(connection, handoff.id, order=order))
+
+    def get(self, handoff_id: str) -> Handoff:
+        return self._site.database.read(lambda connection: HANDOFFS.get(connection, handoff_id))
+
+    def _rate(self, peer_id: str) -> float | None:
+        """Bytes per second that the link carried in the last hand-off to a peer."""
+        last = self._site.database.read(
+            lambda connection: HANDOFFS.list(
+                connection, peer_id=peer_id, direction=Direction.OUT, state=HandoffState.COMPLETED,
+                sort="updated_at", descending=True, limit=1,
+            )
+        )  # fmt: skip
+        return last[0].statistics.get("rate") if last else None
+
+    def _instance(self, handoff: Handoff) -> Instance:
+        return self._site.database.read(lambda connection: INSTANCES.get(connection, handoff.instance_id))
+
+    def _peer(self, handoff: Handoff) -> Peer:
+        return self._site.database.read(lambda connection: PEERS.get(connection, handoff.peer_id))
+
+    def _whom(self, handoff: Handoff) -> dict[str, str]:
+        peer = self._peer(handoff)
+        return {"own_id": self._site.id, "id": peer.id, "url": peer.url, "public_key": peer.public_key}

@@ -1,0 +1,62 @@
+"""Hand-off of a real QEMU guest between two sites that are served: what only a guest can show."""
+
+from __future__ import annotations
+
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import EARLY_RECIPE, Hello, publish
+from tests.conftest import KEPT
+from tests.service.conftest import Made
+from tests.service.two_sites import PeerSite, two_sites
+
+pytestmark = pytest.mark.qemu
+
+
+@pytest.fixture(scope="module")
+def early(quick_base_id: str, tmp_path_factory: pytest.TempPathFactory) -> Hello:
+    """A signed overlay on the quick guest, with 2 MiB on its disk and 4 MiB in memory."""
+    return publish(quick_base_id, tmp_path_factory.mktemp("early"), EARLY_RECIPE)
+
+
+@pytest.fixture(scope="module")
+def sites(
+    early: Hello, hashed: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[PeerSite, PeerSite]]:
+    made = Made(KEPT / "cache", early.keys, early.base_id, early.path)
+    machine = {"hypervisor": "qemu", "accelerator": "tcg", "cache_dir": KEPT / "cache"}
+    with two_sites(tmp_path_factory.mktemp("sites"), made, hashed, DEFAULT=machine) as both:
+        yield both
+
+
+def page(instance: dict[str, Any], path: str) -> bytes:
+    """What the guest's web server has at a path."""
+    with urllib.request.urlopen(instance["endpoints"][0]["url"] + path, timeout=60) as answer:
+        return bytes(answer.read())
+
+
+@pytest.mark.parametrize("overlay", ["nothing", "overlay"])
+def test_a_guest_goes_there_and_back(
+    sites: tuple[PeerSite, PeerSite], early: Hello, overlay: str, tmp_path: Path
+) -> None:
+    here, there = sites
+    app = here.call.publish(early.path, name=f"early-{overlay}")
+    if overlay == "overlay":
+        there.call.publish(early.path, name="early")
+    instance = here.call.start(app)
+    cold = page(instance, "/cold")
+    here.hand_off(instance, verify="full", overlay=overlay)
+    moved = there.call.instance(instance["id"])
+    assert (moved["state"], moved["epoch"]) == ("active", 2)
+    assert page(moved, "/cold") == cold
+    assert page(instance, "/cold") == cold, "during the grace time the old address leads there"
+    there.hand_off(moved, verify="full", overlay=overlay)
+    back = here.call.instance(instance["id"])
+    assert (back["state"], back["epoch"]) == ("active", 3)
+    assert page(back, "/cold") == cold
+    here.call.done(here.call.delete(f"/v1/instances/{instance['id']}"))
+    print(here.call.get("/v1/handoffs"), there.call.get("/v1/handoffs"))

@@ -17,6 +17,8 @@ from benchmarks import (
     early_report,
     engine_run,
     growth,
+    handoff,
+    handoff_report,
     picture,
     report,
     site,
@@ -44,6 +46,9 @@ PARTS: dict[str, tuple[Callable[[Lab, Results], None], ...]] = {
         again.second, again.memory_by_way,
     ),
     "site": (site.throughput, site_steps.taskflow, site.over_http, site_polite.hostile),
+    "handoff": (
+        handoff.promised, handoff.by_rate, handoff.by_memory, handoff.by_disk, handoff.equal,
+    ),
 }  # fmt: skip
 RESULTS = CHECKOUT / "docs" / "results"
 
@@ -78,7 +83,8 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     rows = report.rows(results)
-    others = [row for lines in (early_report.LINES, site_report.LINES) for row in report.rows(results, lines)]
+    pages = (early_report.LINES, site_report.LINES, handoff_report.LINES)
+    others = [row for lines in pages for row in report.rows(results, lines)]
     print("\n" + report.text([*rows, *others]))
     if options.json:
         document = {"machine": about, "samples": results.samples, "notes": results.notes}
@@ -87,7 +93,7 @@ def main() -> None:
     if options.quick:
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
-    if set(names) >= PARTS.keys() - {"early", "site"}:
+    if set(names) >= PARTS.keys() - {"early", "site", "handoff"}:
         (RESULTS / "main.md").write_text(report.markdown(rows, about))
         picture.draw(results, RESULTS / "main.png")
         say(f"written: {RESULTS / 'main.md'}, {RESULTS / 'main.png'}")
@@ -98,6 +104,10 @@ def main() -> None:
     if "site" in names:
         (RESULTS / "site.md").write_text(site_report.markdown(results, about))
         say(f"written: {RESULTS / 'site.md'}")
+    if "handoff" in names:
+        (RESULTS / "handoff.md").write_text(handoff_report.markdown(results, about))
+        picture.draw_handoff(results, RESULTS / "handoff.png")
+        say(f"written: {RESULTS / 'handoff.md'}, {RESULTS / 'handoff.png'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pictures: how soon a guest answers, what travels, how both grow; and the first answer by the link."""
+"""The pictures: how soon a guest answers, what travels, how both grow; by the link; hand-offs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import handoff
 from benchmarks.early import RATES, RTT
 from benchmarks.early_report import APPS, eager_seconds, image_and_boot_seconds
 from benchmarks.growth import MEMORIES_MIB, MODELS_MIB
+from benchmarks.handoff_report import migration_seconds
 from benchmarks.report import Figures, image_seconds, stream_seconds
 from benchmarks.results import Results
 from cloudlet.model import MEBIBYTE
@@ -28,6 +30,11 @@ def draw_early(results: Results, path: Path) -> None:
     """Draw the early start: a panel for each application."""
     panels = [partial(_by_rate, key=key, name=name) for key, name in APPS.items()]
     _draw(results, path, panels)
+
+
+def draw_handoff(results: Results, path: Path) -> None:
+    """Draw the hand-off: what it takes and carries, the gaps, and what the pause grows with."""
+    _draw(results, path, (_handoff_seconds, _handoff_bytes, _handoff_gaps, _handoff_pauses))
 
 
 def _draw(results: Results, path: Path, fills: Sequence[Callable[[Any, Figures], None]]) -> None:
@@ -124,6 +131,74 @@ def _growth(panel: Any, f: Figures) -> None:
     panel.set_ylabel("seconds to the first answer")
     panel.legend(frameon=False)
     panel.set_title("Synthesis, by overlay and by RAM", loc="left")
+
+
+def _handoff_seconds(panel: Any, f: Figures) -> None:
+    lines = [
+        ("QEMU, idle", [migration_seconds(f, 0, rate)[0] for rate in handoff.RATES], _STREAM, "o-"),
+        *(
+            (f"{name}, {does}", _by_rate_of(f, f"handoff.{busy}.{way}"), colour, style)
+            for way, name, colour in (("base", "base only", _OTHER), ("overlay", "overlay known", _OURS))
+            for busy, does, style in ((0, "idle", "o-"), (5, "5 MiB/s", "o--"))
+        ),
+    ]  # fmt: skip
+    for label, seconds, colour, style in lines:
+        panel.plot(handoff.RATES, seconds, style, color=colour, label=label)
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xticks(handoff.RATES, [*map(str, handoff.RATES[:-1]), "not\nshaped"])
+    panel.set_xlabel("Mbit/s")
+    panel.set_ylabel("seconds")
+    panel.legend(frameon=False)
+    panel.set_title("From the first byte to running", loc="left")
+
+
+def _by_rate_of(f: Figures, name: str) -> list[float]:
+    return [f(f"{name}.{rate}.seconds_s") for rate in handoff.RATES]
+
+
+def _handoff_bytes(panel: Any, f: Figures) -> None:
+    rate = handoff.PROMISED
+    bars = []
+    for busy, does in ((0, "idle"), (5, "5 MiB/s"), (20, "20 MiB/s")):
+        with suppress(LookupError):
+            bars += [
+                (f"{does}: overlay known", f(f"handoff.{busy}.overlay.{rate}.bytes") / MEBIBYTE, _OURS),
+                (f"{does}: base only", f(f"handoff.{busy}.base.{rate}.bytes") / MEBIBYTE, _OTHER),
+                (f"{does}: QEMU", f(f"migration.{busy}.{rate}.bytes") / MEBIBYTE, _STREAM),
+            ]
+    _bars(panel, bars, "{:.1f} MiB")
+    panel.set_xscale("log")
+    panel.set_xlabel("MiB on the wire (logarithmic)")
+    panel.set_title(f"What travels, {rate} Mbit/s", loc="left")
+
+
+def _handoff_gaps(panel: Any, f: Figures) -> None:
+    rate = handoff.PROMISED
+    bars = []
+    for busy, does in ((0, "idle"), (5, "5 MiB/s"), (20, "20 MiB/s")):
+        with suppress(LookupError):
+            bars += [
+                (f"{does}: pause", 1000 * f(f"handoff.{busy}.overlay.{rate}.pause_s"), _OTHER),
+                (f"{does}: gap", 1000 * f(f"handoff.{busy}.overlay.{rate}.gap_s"), _OURS),
+                (f"{does}: QEMU's gap", 1000 * f(f"migration.{busy}.{rate}.gap_s"), _STREAM),
+            ]
+    _bars(panel, bars, "{:.0f} ms")
+    panel.set_xlabel("ms")
+    panel.set_title(f"How long nobody is answered, overlay known, {rate} Mbit/s", loc="left")
+
+
+def _handoff_pauses(panel: Any, f: Figures) -> None:
+    names = [f"handoff.alloc.{held}" for held in handoff.ALLOCS_MIB]
+    private = [f(f"{name}.private_mib") for name in names]
+    for what, colour in (("pause", _OURS), ("gap", _OTHER)):
+        panel.plot(private, [1000 * f(f"{name}.{what}_s") for name in names], "o-", color=colour, label=what)
+    panel.set_xlim(left=0)
+    panel.set_ylim(bottom=0)
+    panel.set_xlabel("private memory, MiB")
+    panel.set_ylabel("ms")
+    panel.legend(frameon=False)
+    panel.set_title(f"What the pause grows with, idle, {handoff.PROMISED} Mbit/s", loc="left")
 
 
 def _bars(panel: Any, bars: list[tuple[str, float, str]], label: str) -> None:

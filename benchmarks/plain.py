@@ -39,19 +39,22 @@ class Plain:
     initrd: Path | None
     cmdline: str
     disk_format: str = "qcow2"
+    backing: Path | None = None
+    """What the disk, a qcow2 file, stands on: a raw image."""
 
 
 @contextmanager
 def run(
     settings: Settings,
     plain: Plain,
-    port: int | None,
+    port: int | Sequence[PublishedPort] | None,
     *,
     incoming: int | None = None,
     extra: Sequence[str] = (),
 ) -> Iterator[QemuInstance]:
     """A plain QEMU, started and not waited for; it ends when the context is left.
 
+    :param port: the guest's port that is published, or several, and where.
     :param incoming: descriptor of a migration stream to restore.
     :param extra: more of QEMU's arguments.
     """
@@ -70,7 +73,7 @@ def run(
             def channel(name: str) -> int:
                 return handed.enter_context(listen(workspace.path / f"{name}.sock")).fileno()
 
-            bound = bind_ports([] if port is None else [PublishedPort(port)])
+            bound = bind_ports(_ports(port))
             endpoints = tuple(item.endpoint for item in bound)
             log = open_file(workspace.path / "network.log", os.O_WRONLY | os.O_CREAT)
             assert log is not None
@@ -84,7 +87,8 @@ def run(
             unused = open_file(Path(os.devnull))
             assert disk is not None and console_log is not None and unused is not None
             backends = Backends(
-                ram=unused, ram_shared=False, disk=disk, disk_format=plain.disk_format, backing=None,
+                ram=unused, ram_shared=False, disk=disk, disk_format=plain.disk_format,
+                backing=open_file(plain.backing),
                 network=network.qemu_fd, monitor=channel("monitor"), agent=channel("agent"),
                 console=channel("console"), console_log=console_log, kernel=open_file(plain.kernel),
                 initrd=open_file(plain.initrd), cmdline=plain.cmdline, incoming=incoming,
@@ -148,6 +152,12 @@ def save_snapshot(instance: QemuInstance, name: str) -> float:
     if said := instance.monitor.human(f"savevm {name}").strip():
         raise FailedError(f"QEMU did not save the machine: {said}")
     return time.monotonic() - began
+
+
+def _ports(port: int | Sequence[PublishedPort] | None) -> Sequence[PublishedPort]:
+    if port is None:
+        return []
+    return [PublishedPort(port)] if isinstance(port, int) else port
 
 
 def _anonymous(word: str, machine: Machine) -> str:

@@ -65,6 +65,10 @@ class Figures:
         """The least and the largest."""
         return self._results.range(name)
 
+    def samples(self, name: str) -> list[float]:
+        """All of them, in their order; none if it was not measured."""
+        return self._results.samples.get(name, [])
+
     def note(self, name: str) -> str:
         return self._results.notes.get(name, "")
 

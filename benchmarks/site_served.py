@@ -20,6 +20,7 @@ import requests
 
 from benchmarks.lab import CHECKOUT, Lab
 from benchmarks.site_load import Job, Loaded
+from cloudlet.api.identity import OPERATOR as OPERATOR_USER
 from cloudlet.api.identity import User, hash_of, write_users
 from cloudlet.control.bases import BaseRequest, import_image
 from cloudlet.control.publishing import create_overlay
@@ -34,8 +35,12 @@ CORES = sorted(os.sched_getaffinity(0))
 SERVER, CLIENTS = {CORES[0]}, {CORES[-1]}
 """The core of a server that is measured, and that of all others: clients, and the machines' processes."""
 PROJECT = "shop"
-PUBLISHER, MEMBER = "paula", "mia"
-_ROLES = {PUBLISHER: {"publisher", "member", "reader"}, MEMBER: {"member", "reader"}}
+PUBLISHER, MEMBER, OPERATOR = "paula", "mia", "olga"
+_ROLES = {
+    PUBLISHER: {"publisher", "member", "reader"},
+    MEMBER: {"member", "reader"},
+    OPERATOR: OPERATOR_USER.roles,
+}
 _PASSWORD = "a password of benchmarks"
 _RECIPE = """
 name: hello
@@ -104,12 +109,13 @@ class Caller:
         app = {"name": name, "version": "1", "components": [{"overlay_id": made["id"]}]}
         return str(self("POST", "/v1/apps", {"app": app})["app"]["id"])
 
-    def done(self, operation: Mapping[str, Any]) -> dict[str, Any]:
+    def done(self, operation: Mapping[str, Any], seconds: float = _SECONDS) -> dict[str, Any]:
         """Wait until an operation has succeeded; what it says then.
 
+        :param seconds: longest wait.
         :raises FailedError: it has not.
         """
-        deadline = time.monotonic() + _SECONDS
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             found = self("GET", f"/v1/operations/{operation['id']}?wait=20")["operation"]
             if found["state"] not in ("pending", "running"):
@@ -193,20 +199,34 @@ def fake_overlay(settings: Settings, folder: Path, filler: bytes) -> Path:
 
 
 @contextmanager
-def serving(settings: Settings, folder: Path, cores: set[int]) -> Iterator[Served]:
+def serving(
+    settings: Settings, folder: Path, cores: set[int], **more: Mapping[str, object]
+) -> Iterator[Served]:
     """``cloudlet serve`` with SQLite, passwords and the usual policy; nothing of it is left afterwards.
 
     Limits are higher than anything that is measured; all else is as it is where nobody configures it.
+
+    :param more: settings by group, if somebody does.
     """
     users = folder / "users"
     hashed = hash_of(_PASSWORD)
     write_users(users, [User(name, hashed, PROJECT, frozenset(roles)) for name, roles in _ROLES.items()])
     config, log = folder / "cloudlet.conf", folder / "serve.log"
+    groups: dict[str, dict[str, object]] = {
+        "DEFAULT": {
+            "cache_dir": settings.cache_dir, "state_dir": settings.state_dir, "keys_dir": settings.keys_dir,
+            "hypervisor": settings.hypervisor,
+        },
+        "api": {"users_file": users},
+        "limits": {"instances": 1 << 20, "memory_mib": 1 << 30, "cpus": 1 << 20},
+    }  # fmt: skip
+    for name, options in more.items():
+        groups.setdefault(name, {}).update(options)
     config.write_text(
-        f"[DEFAULT]\ncache_dir = {settings.cache_dir}\nstate_dir = {settings.state_dir}\n"
-        f"keys_dir = {settings.keys_dir}\nhypervisor = {settings.hypervisor}\n"
-        f"[api]\nusers_file = {users}\n"
-        f"[limits]\ninstances = {1 << 20}\nmemory_mib = {1 << 30}\ncpus = {1 << 20}\n"
+        "".join(
+            f"[{name}]\n" + "".join(f"{option} = {value}\n" for option, value in options.items())
+            for name, options in groups.items()
+        )
     )
     command = [sys.executable, "-m", "cloudlet.cli.app", "--config-file", str(config)]
     with ExitStack() as stack:

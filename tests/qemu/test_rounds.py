@@ -29,7 +29,7 @@ pytestmark = pytest.mark.qemu
 BATCH = 256
 BUSY = """
 while true; do
-  turn=$((turn + 1)); echo $turn > /run/turn
+  turn=$((turn + 1)); echo $turn > /run/turn.new; mv /run/turn.new /run/turn
   dd if=/dev/urandom of=/run/busy bs=64k count=16 seek=$((turn % 8 * 16)) conv=notrunc
   dd if=/dev/urandom of=/root/busy bs=64k count=4 seek=$((turn % 8 * 4)) conv=notrunc
   test $((turn % 4)) = 3 && rm /root/busy
@@ -51,7 +51,7 @@ def received(site: Site, base: Base, source: QemuInstance, layer: Layer | None =
 
 
 def keep_busy(instance: QemuInstance) -> None:
-    guest.shell(instance, f"({BUSY}) >/dev/null 2>&1 &")
+    guest.shell(instance, f"({BUSY}) >/dev/null 2>&1 &\nuntil test -e /run/turn; do usleep 20000; done")
 
 
 def turns(instance: QemuInstance) -> int:

@@ -200,6 +200,41 @@ def test_a_peer_that_is_down(sites: Sites) -> None:
     assert {(found[one]["result"], found[one]["peer"]) for one in ids} == {("handed_off", "east")}
 
 
+def test_one_that_is_still_coming(sites: Sites) -> None:
+    begun = sites.call.post("/v1/instances", {"instance": {"app_id": sites.app["id"]}})
+    one = begun["operation"]["resources"]["instance"]
+    found = sites.drained(peers=[sites.west_id])
+    assert (found[one]["result"], found[one]["peer"]) == ("handed_off", "west")
+    sites.call.done(begun)
+    answers(sites.west.call.instance(one))
+
+
+def test_a_peer_that_dies_meanwhile(sites: Sites) -> None:
+    """Whatever had been decided by then: each runs at one site in the end, and at no other."""
+    ids = sites.start(*"abcd")
+    seen = sites.call.events()[-1]["number"]
+    begun = sites.call.post(DRAIN, {"drain": {"deadline_seconds": 40}})["operation"]
+    query = {"after": seen, "wait": 30, "kind": "handoff.copying"}
+    sites.call.get("/v1/events", params=query)
+    sites.west.end(signal.SIGKILL)
+    found = report(sites.call.done({"operation": begun}))
+    assert {found[one]["result"] for one in ids} <= {"handed_off", "stays", "in_doubt"}
+    assert [found[one]["peer"] for one in ids].count("east") == 2, "it has room for two"
+    sites.west.start()
+    for operation in sites.call.get("/v1/operations?limit=1000")["operations"]:
+        sites.call.ended(operation)
+    for one in ids:
+        running = []
+        for site in (sites.here, sites.east, sites.west):
+            answer = site.call("GET", f"/v1/instances/{one}")
+            if answer.status_code == 200 and answer.json()["instance"]["state"] != "moved":
+                running.append(answer.json()["instance"])
+        assert [instance["state"] for instance in running] == ["active"], (found[one], running)
+        answers(running[0])
+        if found[one]["result"] == "stays":
+            assert sites.call.instance(one)["state"] == "active"
+
+
 def test_one_that_is_blocked_and_only_one_that_is_named(sites: Sites) -> None:
     (one,) = sites.start("a")
     sites.call.patch(f"/v1/peers/{sites.east_id}", {"peer": {"state": "blocked"}})
@@ -246,7 +281,7 @@ def test_one_that_is_cancelled(sites: Sites) -> None:
     assert "stays" in {found[one]["result"] for one in ids}
     for one in ids:
         if found[one]["result"] == "stays":
-            assert found[one]["reason"] == "the drain was cancelled"
+            assert (found[one]["state"], found[one]["reason"]) == ("active", "the drain was cancelled")
             answers(sites.call.instance(one))
             assert sites.west.call("GET", f"/v1/instances/{one}").status_code == 404
         else:

@@ -536,6 +536,8 @@ def test_sites_that_send_one_back_and_forth_are_found_out(running: Running, inst
         say_moved(running, instance_at, running.call.url, 2)
         with pytest.raises(FailedError, match="each site says"):
             site.locate_instance(instance_at)
+        with pytest.raises(FailedError, match="each site says"):
+            list(site.follow_instance(instance_at, after=0))
 
 
 def test_where_an_instance_is_said_to_be_is_asked_with_care(

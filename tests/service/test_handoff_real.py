@@ -11,8 +11,9 @@ import pytest
 
 from tests.cli.conftest import EARLY_RECIPE, Hello, publish
 from tests.conftest import KEPT
+from tests.qemu.newer import newer_qemu
 from tests.service.conftest import Made
-from tests.service.two_sites import PeerSite, two_sites
+from tests.service.two_sites import PeerSite, add_peer, peer_site, two_sites
 
 pytestmark = pytest.mark.qemu
 
@@ -59,4 +60,29 @@ def test_a_guest_goes_there_and_back(
     assert (back["state"], back["epoch"]) == ("active", 3)
     assert page(back, "/cold") == cold
     here.call.done(here.call.delete(f"/v1/instances/{instance['id']}"))
-    print(here.call.get("/v1/handoffs"), there.call.get("/v1/handoffs"))
+
+
+def test_a_guest_goes_to_a_newer_qemu_and_back(early: Hello, hashed: str, tmp_path: Path) -> None:
+    """From Debian 12's QEMU to Debian 13's, and back."""
+    made = Made(KEPT / "cache", early.keys, early.base_id, early.path)
+    machine = {"hypervisor": "qemu", "accelerator": "tcg", "cache_dir": KEPT / "cache"}
+    newer = {**machine, "qemu_binary": newer_qemu(KEPT)}
+    with (
+        peer_site(tmp_path / "older", made, hashed, DEFAULT=machine) as older,
+        peer_site(tmp_path / "newer", made, hashed, DEFAULT=newer) as ahead,
+    ):
+        older.peer_id, ahead.peer_id = add_peer(older, ahead), add_peer(ahead, older)
+        older.call.post(f"/v1/peers/{older.peer_id}/refresh")
+        versions = [
+            site.call.get(f"/v1/peers/{site.peer_id}")["peer"]["capabilities"]["qemu"]
+            for site in (ahead, older)
+        ]
+        assert [int(version.split(".")[0]) for version in versions] == [7, 10]
+        instance = older.call.start(older.call.publish(early.path, name="early"))
+        cold = page(instance, "/cold")
+        older.hand_off(instance, verify="full")
+        moved = ahead.call.instance(instance["id"])
+        assert page(moved, "/cold") == cold
+        ahead.hand_off(moved, verify="full")
+        assert page(older.call.instance(instance["id"]), "/cold") == cold
+        older.call.done(older.call.delete(f"/v1/instances/{instance['id']}"))

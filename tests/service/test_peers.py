@@ -24,9 +24,12 @@ import pytest
 import requests
 from cryptography import x509
 
+from cloudlet.api.server import Server
 from cloudlet.api.table import PEERS_TABLE, TABLE
+from cloudlet.api.tls import own_context
+from cloudlet.client import connect
 from cloudlet.errors import ConflictError, IntegrityError, RefusedError, UnconfirmedError, UnreachableError
-from cloudlet.service.options import read_options
+from cloudlet.service.options import Listening, read_options
 from cloudlet.settings import load, read_files
 from cloudlet.store.keyring import KeyRing
 from cloudlet.store.tokens import PeerTokens
@@ -404,7 +407,8 @@ def test_where_peers_come_nothing_else_is_served(both: tuple[Site, Site]) -> Non
         path = operation.path.format(**dict.fromkeys(operation.parameters, MISSING))
         answer = door(operation.method, path)
         if operation not in PEERS_TABLE:
-            assert (answer.status_code, code_of(answer)) == (404, "cloudlet.api.no_such_path"), path
+            assert answer.status_code == 404, path
+            assert operation.method == "HEAD" or code_of(answer) == "cloudlet.api.no_such_path", path
         elif not operation.public:
             assert answer.status_code == 401, path
 
@@ -528,8 +532,6 @@ def test_errors_of_a_peer_have_their_codes(peers: tuple[Site, Site]) -> None:
 def test_who_answers_slowly_or_without_end(both: tuple[Site, Site], tmp_path: Path) -> None:
     east, west = both
     signer = KeyRing(west.keys).signer()
-    from cloudlet.api.tls import own_context
-
     context = own_context(signer, west.id, tmp_path / "own.pem")
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
     ways: list[Callable[[ssl.SSLSocket], None]] = [
@@ -576,8 +578,6 @@ def _flood(connection: ssl.SSLSocket, beginning: bytes) -> None:
 
 def test_a_request_that_nobody_wants_any_more_is_ended(both: tuple[Site, Site], tmp_path: Path) -> None:
     east, west = both
-    from cloudlet.api.tls import own_context
-
     context = own_context(KeyRing(west.keys).signer(), west.id, tmp_path / "own.pem")
     asked, ended, told = threading.Event(), threading.Event(), []
 
@@ -663,8 +663,6 @@ def test_a_person_is_asked(said: bytes, status: int, strangers: tuple[Site, Site
 
 
 def test_the_sdk(strangers: tuple[Site, Site]) -> None:
-    from cloudlet.client import connect
-
     east, west = strangers
     with connect(east.call.url, user="root", password=PASSWORD) as site:
         with pytest.raises(UnconfirmedError) as unconfirmed:
@@ -681,6 +679,28 @@ def test_the_sdk(strangers: tuple[Site, Site]) -> None:
         assert list(site.peers()) == []
     with connect(east.call.url, user="mia", password=PASSWORD) as site, pytest.raises(RefusedError):
         list(site.peers())
+
+
+def test_processes_that_share_a_job_board_share_the_peers_door() -> None:
+    def app(environ: Any, start: Any) -> list[bytes]:
+        start("204 No Content", [])
+        return []
+
+    def server(port: int) -> Server:
+        return Server(Listening(host="127.0.0.1", port=port), app, threads=1, busy=1, shared=True)
+
+    with ExitStack() as stack:
+        first = server(0)
+        stack.callback(first.stop)
+        port = first.bind_addr[1]
+        second = server(port)
+        for one in (first, second):
+            thread = threading.Thread(target=one.serve)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(one.stop)
+        for _ in range(20):  # each with a connection of its own, which the kernel gives to one of them
+            assert requests.get(f"http://127.0.0.1:{port}/", timeout=10).status_code == 204
 
 
 @pytest.mark.parametrize(

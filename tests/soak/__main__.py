@@ -2,7 +2,7 @@
 
 It makes a site of its own in a temporary folder, prints its seed (``--seed`` throws the same dice again:
 the same signals at the same moments, the same places in an overlay of the same size), and writes what
-came of it to ``docs/results/soak-main.md``, of early starts to ``soak-early.md``; ``--only`` makes one of
+came of it to ``docs/results/soak-main.md``, of each other part to a page of its own; ``--only`` makes one of
 them. The exit code is 1 if anything was not as it should be.
 """
 
@@ -38,6 +38,7 @@ from tests.cli.traces import running, traces
 from tests.conftest import KEPT, CommandLine
 from tests.images.build import TestImage, build
 from tests.soak.early import cut_early_starts, early_starts
+from tests.soak.handoff import fault_matrix, model
 from tests.soak.service import explored, killed_steps, killed_under_load, many_instances, real_instances
 
 FUZZER = Path(__file__).parents[1] / "fuzz" / "fuzz_overlay.py"
@@ -263,12 +264,14 @@ PARTS: dict[str, tuple[Callable[[Soak], None], ...]] = {
     "main": (damaged_overlays, damaged_exports, fuzzed_reader, killed_commands, interrupted_commands),
     "early": (early_starts, cut_early_starts),
     "service": (killed_steps, killed_under_load, many_instances, real_instances, explored),
+    "handoff": (fault_matrix, model),
 }
 TITLES = {
     "bases": "Images of others",
     "main": "Faults in large numbers",
     "early": "Early starts in large numbers",
     "service": "A site that serves, in large numbers",
+    "handoff": "Hand-offs with everything that fails",
 }
 
 

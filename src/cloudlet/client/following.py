@@ -69,7 +69,7 @@ def locate(site: Proxy, instance_id: str) -> Located:
             if not found.moved_to:
                 return Located(here, found, number)
             if found.epoch <= epoch:
-                raise FailedError(f"each site says of instance {instance_id} that it is at another")
+                raise _lost_between_sites(instance_id)
             epoch = found.epoch
             here = _gone_on(site, here, instance_id, found.moved_to)
         raise FailedError(f"instance {instance_id} was not found at {_MOST_HOPS} sites, one after the other")
@@ -86,12 +86,16 @@ def follow(site: Proxy, instance_id: str, after: int) -> Iterator[Event]:
     :raises FailedError: it is at a site that cannot be asked.
     """
     here = site
+    been: set[tuple[str, int]] = set()
     try:
         while True:
             moved_to = yield from _at_one_site(here, instance_id, after)
             if moved_to is None:
                 return
             after = int(moved_to.get("events_after") or 0)
+            if (turn := (str(moved_to.get("url")), after)) in been:  # whoever comes back comes back later
+                raise _lost_between_sites(instance_id)
+            been.add(turn)
             here = _patiently(_gone_on, site, here, instance_id, moved_to)
     finally:
         _let_go(site, here)
@@ -229,6 +233,10 @@ class Endpoint:
             if endpoint["guest_port"] == self.guest_port:
                 return str(endpoint["host"]), int(endpoint["port"])
         raise NotFoundError(f"instance {self._instance_id} has no port {self.guest_port}")
+
+
+def _lost_between_sites(instance_id: str) -> FailedError:
+    return FailedError(f"each site says of instance {instance_id} that it is at another")
 
 
 def _row(site: Proxy, instance_id: str) -> Instance | None:

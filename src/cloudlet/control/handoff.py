@@ -26,20 +26,22 @@ import numpy as np
 from cloudlet.control.courier import Courier, Peer, PeerState, answered
 from cloudlet.control.ownership import Ownership, OwnershipFile
 from cloudlet.control.pace import Forecast, Pace, Round, Terms
-from cloudlet.errors import CloudletError, ConflictError, FailedError
+from cloudlet.errors import CloudletError, ConflictError, FailedError, of_the_system
 from cloudlet.hypervisor.driver import Instance, Receiving, Rounds, RunState
 from cloudlet.model import PAGE_BYTES
 from cloudlet.overlay.index import Lookup
 from cloudlet.overlay.known import KnownPages
 from cloudlet.overlay.limits import FRAME_PAGES
 from cloudlet.overlay.pages import Numbers, Rows, Space
-from cloudlet.overlay.records import read_record
+from cloudlet.overlay.records import Record, RecordKind, read_record
 from cloudlet.overlay.rounds import RoundReader, RoundWriter, pack
 
 DOUBT_SECONDS = 10.0
 """So long a side waits for the other's word before it says that it is in doubt."""
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
 _FIRST_ASK, _LOOK_SECONDS = 2.0, 0.25
+_UNWRITTEN_SECONDS = 0.5
+"""Between two attempts to write down what is decided, where the disk is full."""
 _TURN_SECONDS = 30.0
 """How long records wait for those before them."""
 
@@ -135,8 +137,9 @@ class Departure:
                 self._copy(sender)
                 self._switch(sender)
         except BaseException as error:
-            self.revert(error.message if isinstance(error, CloudletError) else f"a defect: {error!r}")
-            raise
+            self.revert(_reason_of(error))
+            if self.state is Ownership.REVERTED:
+                raise
         return self.conclude()
 
     def conclude(self) -> Ownership:
@@ -149,7 +152,7 @@ class Departure:
         wait, began = _FIRST_WAIT, time.monotonic()
         while self.state is Ownership.COMMITTED:
             answer = answered(lambda: self._peer.commit(self._ownership.record.epoch))
-            with self._deciding:
+            with self._deciding, suppress(OSError):  # it cannot be written down: it is asked again
                 if self._keep:
                     self._revert("its operator kept it")
                 elif answer and answer.state == Ownership.RUNNING:
@@ -192,11 +195,15 @@ class Departure:
 
     def revert(self, reason: str) -> None:
         """The machine goes on here; unless it is given away."""
-        with self._deciding:
-            if self.state in (Ownership.COPYING, Ownership.SWITCHING):
-                self._revert(reason)
+        while self.state in (Ownership.COPYING, Ownership.SWITCHING):
+            try:
+                with self._deciding:
+                    self._revert(reason)
+            except OSError:  # it cannot be written down: the machine is as it was until it can
+                time.sleep(_UNWRITTEN_SECONDS)
         self._tell()
-        answered(self._peer.drop)
+        if self.state is Ownership.REVERTED:
+            answered(self._peer.drop)
 
     def _revert(self, reason: str) -> None:
         self._ownership.become(Ownership.REVERTED, reason=reason)
@@ -211,7 +218,7 @@ class Departure:
         wait = _FIRST_WAIT
         while self.state is Ownership.SWITCHING:
             answer = answered(self._peer.state)
-            with self._deciding:
+            with self._deciding, suppress(OSError):
                 if answer and answer.state == Ownership.LOADED and not self._keep:
                     self._ownership.become(Ownership.COMMITTED)
                 elif answer or self._keep:
@@ -220,10 +227,7 @@ class Departure:
                 self._tell(in_doubt=True)
                 self._stopped.wait(wait)
                 wait = min(2 * wait, _LONGEST_WAIT)
-        if self.state is Ownership.COPYING:
-            self._ownership.become(Ownership.REVERTED, reason="its machine ended")
-        if self.state is Ownership.REVERTED:
-            answered(self._peer.drop)
+        self.revert("its machine ended")
 
     @contextmanager
     def _sending(self, parcel: Parcel) -> Iterator[_Sender]:
@@ -402,9 +406,7 @@ class Arrival:
             stream, number = BytesIO(body), first
             while (record := read_record(stream, number)) is not None:
                 if number >= self.count:
-                    ended = self._reader.take(record)
-                    if ended:
-                        self._load(ended.device_state, ended.full)
+                    self._take(record)
                     with self._changed:
                         self.count += 1
                         self._changed.notify_all()
@@ -454,7 +456,8 @@ class Arrival:
                 self._drop_unless_running(f"nothing came from the source for {patience:.0f} s")
             elif self.state is Ownership.LOADED and time.monotonic() - heard > wait:
                 wait += min(wait, _LONGEST_WAIT)
-                self._ask(source)
+                with suppress(OSError):  # it cannot be written down: it is asked again
+                    self._ask(source)
                 if self.state is Ownership.LOADED and time.monotonic() - heard > DOUBT_SECONDS:
                     self.in_doubt = True
                     self._told()
@@ -488,17 +491,34 @@ class Arrival:
             self._drop_unless_running(f"the source kept it: {answer.reason}")
 
     def _drop_unless_running(self, reason: str) -> None:
-        with suppress(ConflictError):
+        with suppress(ConflictError, OSError):
             self.drop(reason)
 
     def _drop(self, reason: str) -> None:
         self._ownership.become(Ownership.DROPPED, reason=reason)
 
-    def _load(self, device_state: bytes, full: bytes) -> None:
-        self._receiving.load(device_state)
-        if any(full) and self._receiving.instance.digest() != full:
-            raise FailedError("the whole memory or disk differs from the source's")
+    def _take(self, record: Record) -> None:
+        if record.kind is not RecordKind.END:
+            self._reader.take(record)
+            return
+        try:
+            ended = self._reader.take(record)
+            assert ended
+            self._receiving.load(ended.device_state)
+            if any(ended.full) and self._receiving.instance.digest() != ended.full:
+                raise FailedError("the whole memory or disk differs from the source's")
+        except CloudletError as error:
+            # To send it again would change nothing.
+            self._drop(error.message)
+            raise
         self._ownership.become(Ownership.LOADED)
+
+
+def _reason_of(error: BaseException) -> str:
+    """Why a hand-off came to nothing, for who reads of it."""
+    if isinstance(error, OSError):
+        error = of_the_system(error)
+    return error.message if isinstance(error, CloudletError) else f"a defect: {error!r}"
 
 
 def answer_of(arrival: Arrival, told: dict[str, Any]) -> PeerState:

@@ -97,6 +97,7 @@ class OwnershipFile:
         """Change the state, on the disk, before anything follows from it; it may be that already.
 
         :raises ConflictError: it cannot follow.
+        :raises OSError: it cannot be written, so it is as before.
         """
         if state is self.state:
             return
@@ -109,11 +110,10 @@ class OwnershipFile:
     def _write(self, record: Record) -> None:
         new = self._path.with_suffix(".new")
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(descriptor, json.dumps(record.to_json()).encode())
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(json.dumps(record.to_json()).encode())
+            file.flush()
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
         new.replace(self._path)
         folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -330,6 +330,25 @@ class Receiving(Protocol):
         """Give up: nothing of the instance is left. Can be called again, and after an error."""
 
 
+class ReceivingEarly(Receiving, Protocol):
+    """A machine that comes from another site and may run before all of its RAM is there.
+
+    Once :meth:`lack` has been called, pages of RAM come from another thread than :meth:`Receiving.load` is in.
+    """
+
+    def lack(self, numbers: Numbers) -> None:
+        """These pages of RAM are still to come, once each: whoever reads one waits for it."""
+
+    def complete(self) -> None:
+        """All pages have come."""
+
+    def progress(self) -> Paging:
+        """How far it is; asks nothing of the machine."""
+
+    def sever(self) -> None:
+        """No further page will come: the machine ends. From any thread; :meth:`abort` is still to follow."""
+
+
 class LayerSink(Sink, Protocol):
     """Writes an app's layer from its overlay, with no machine."""
 
@@ -403,6 +422,23 @@ class Hypervisor(Protocol):
 
         :param generation_id: the machine's VM generation ID, which it keeps; a new one where it is empty.
         :raises UsageError: it is not one.
+        """
+
+    def receive_early(
+        self,
+        base: BaseImage,
+        wanted: Wanted,
+        ports: Sequence[PublishedPort] = (),
+        *,
+        name: str = "",
+        overlay_id: str = "",
+        layer: Layer | None = None,
+        generation_id: str = "",
+    ) -> ReceivingEarly:
+        """As :meth:`receive`, for a machine that may run before all of its RAM is there.
+
+        :param wanted: told which pages it waits for then.
+        :raises RefusedError: no machine can do so here (:meth:`early_obstacle`).
         """
 
     def layer_pages(

@@ -21,9 +21,9 @@ from cloudlet.errors import CloudletError, ConflictError, NotFoundError
 from cloudlet.forwarder.moved import Forwarding
 from cloudlet.hypervisor.driver import Layer
 from cloudlet.hypervisor.qemu.network import MAX_CONNECTIONS
-from cloudlet.keeper.control import Control
+from cloudlet.keeper.control import Control, describe_any
 from cloudlet.keeper.correspondence import HttpPeer
-from cloudlet.keeper.order import Order
+from cloudlet.keeper.order import Order, raised
 from cloudlet.overlay.index import JoinedIndex, Lookup, index_of_layer
 from cloudlet.overlay.known import KnownPages
 from cloudlet.transfer.source import open_source
@@ -104,12 +104,13 @@ class Leaving:
         return {"told": self._told, "statistics": asdict(departure.statistics)}
 
     def stay(self) -> None:
-        """Cancel the departure, if there is one.
+        """Cancel the departure, if there is one, and wait until the machine stays.
 
         :raises ConflictError: the machine is another site's already.
         """
-        if self._departure and self.busy:
+        if self._departure and self._thread and self.busy:
             self._departure.cancel()
+            self._thread.join()
 
     def keep(self) -> None:
         """An operator's word while the peer is silent: the machine stays.
@@ -129,8 +130,6 @@ class Leaving:
         stack = ExitStack()
         try:
             parcel = self._parcel(message, stack)
-            self._error, self._told = None, {}
-            self._handoff, self.grace = record.handoff, float(message["grace"])
             self._departure = Departure(
                 OwnershipFile(self._folder, record), peer, Terms.from_json(message["terms"]), parcel,
                 self._progress, message.get("rate"),
@@ -138,6 +137,8 @@ class Leaving:
         except BaseException:
             stack.close()
             raise
+        self._error, self._told = None, {}
+        self._handoff, self.grace = record.handoff, float(message["grace"])
         run = (self._departure, peer, stack)
         self._thread = threading.Thread(target=self._run, args=run, name="departure", daemon=True)
         self._thread.start()
@@ -177,8 +178,8 @@ class Leaving:
         try:
             departure.run()
             self._left()
-        except CloudletError as error:
-            self._error = error
+        except Exception as error:
+            self._error = raised(describe_any(error))
         finally:
             stack.close()
             peer.close()

@@ -16,7 +16,7 @@ import numpy as np
 
 from cloudlet.errors import CorruptError, LimitError, TruncatedError
 from cloudlet.model import Machine
-from cloudlet.overlay.frames import ENTRY_BYTES, FrameEntry, FrameKind, check_frame
+from cloudlet.overlay.frames import ENTRY_BYTES, FrameEntry, FrameKind, Packer, check_frame
 from cloudlet.overlay.limits import FRAME_BYTES
 from cloudlet.overlay.pages import Numbers, Runs, Space, numbers_of, runs_of
 
@@ -42,12 +42,16 @@ class RecordKind(IntEnum):
     ROUND = 3
     DEVICE = 4
     END = 5
+    MISSING = 6
 
 
 _FRAMES = {
     RecordKind.PAGES: (FrameKind.RAM, FrameKind.DISK),
     RecordKind.DEVICE: (FrameKind.DEVICE,),
+    RecordKind.MISSING: (FrameKind.MAP,),
 }
+_MISSING_LEVEL = 3
+"""How hard the list of missing pages is compressed: the machine stands still meanwhile."""
 
 
 class ReadStream(Protocol):
@@ -194,6 +198,31 @@ class End:
         if len(body) != 2 * DIGEST_BYTES:
             raise CorruptError(f"{where} has {len(body)} bytes, not the {2 * DIGEST_BYTES} of an end")
         return cls(body[:DIGEST_BYTES], body[DIGEST_BYTES:])
+
+
+def missing_record(numbers: Numbers, machine: Machine) -> Record:
+    """The record that says which pages of RAM come later.
+
+    :raises LimitError: the machine has more RAM than the record can speak of, 128 GiB.
+    """
+    bits = np.zeros(machine.ram_pages, np.bool_)
+    bits[numbers] = True
+    raw = np.packbits(bits, bitorder="little").data
+    if len(raw) > FRAME_BYTES:
+        raise LimitError(f"pages of a machine with {machine.ram_pages} pages of RAM cannot come later")
+    return of_frame(RecordKind.MISSING, *Packer(_MISSING_LEVEL).pack(FrameKind.MAP, raw))
+
+
+def missing_pages(raw: memoryview, machine: Machine, where: str) -> Numbers:
+    """The pages that :func:`missing_record` named, from its frame as it was before it was packed.
+
+    :raises CorruptError: it is not of the machine's size, names a page beyond it, or none.
+    """
+    bits = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little")
+    numbers = np.flatnonzero(bits).astype(np.uint32)
+    if len(raw) != -(-machine.ram_pages // 8) or not numbers.size or int(numbers[-1]) >= machine.ram_pages:
+        raise CorruptError(f"{where} names missing pages that the machine does not have")
+    return numbers
 
 
 def _read(stream: ReadStream, size: int) -> bytes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,7 +28,18 @@ from cloudlet.overlay.limits import DEVICE_BYTES, FRAME_PAGES, WINDOW_LITERALS
 from cloudlet.overlay.pack import pack_whole
 from cloudlet.overlay.pages import Numbers, PageBatch, Positions, Rows, Space, equal_rows
 from cloudlet.overlay.payload import Operation, PagePayload
-from cloudlet.overlay.records import DIGEST_BYTES, End, Record, RecordKind, RoundEnd, Same, frame_in, of_frame
+from cloudlet.overlay.records import (
+    DIGEST_BYTES,
+    End,
+    Record,
+    RecordKind,
+    RoundEnd,
+    Same,
+    frame_in,
+    missing_pages,
+    missing_record,
+    of_frame,
+)
 
 FRAME_PAGES_SENT = 128
 """Pages of a record, unless a round ends before. Measured: 64 take 2 % more bytes, 256 take 2 % fewer; with
@@ -43,7 +54,8 @@ class RoundWriter:
 
     Memory: the digests of all pages that were named (``digests.py``), 150 bytes for each of the last 16,384
     literals, two frames, 4 bytes for each page that the round has sent or found as the target holds it, and
-    the payloads that nobody has taken. With spans also the literals, 64 MiB.
+    the payloads that nobody has taken. With spans also the literals, 64 MiB. Where pages may be left for later,
+    also the digests of those that :meth:`count` found changed.
     """
 
     def __init__(
@@ -54,6 +66,7 @@ class RoundWriter:
         *,
         spans: bool = False,
         window: int | None = None,
+        leaves: bool = False,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """Nothing has been looked at.
@@ -66,6 +79,7 @@ class RoundWriter:
             fewer where it holds files that it has read in its own buffers.
         :param window: how far back a page may refer, in literals; a record's pages at least, 16,384 at most
             and if not given.
+        :param leaves: whether pages may be left for later (:meth:`leave`).
         :param clock: nanoseconds.
         """
         self.looked = 0
@@ -76,6 +90,7 @@ class RoundWriter:
         """What became of those."""
         self._known = known
         self._table = DigestTable(known.machine, seed)
+        self._seen = DigestTable(known.machine, seed) if leaves else None
         self._encoder = PageEncoder(known, index, xor=False, spans=spans, window=window)
         self._clock = clock
         self._round_began = clock()
@@ -107,8 +122,38 @@ class RoundWriter:
 
     def count(self, space: Space, numbers: Numbers, rows: Rows) -> int:
         """How many of these pages the target does not have; nothing comes of it. As for :meth:`look`."""
-        changed, _ = self._compare(space, numbers, rows, self._table.digests(rows))
+        digests = self._table.digests(rows)
+        changed, _ = self._compare(space, numbers, rows, digests)
+        if self._seen:
+            self._seen.put(space, numbers[changed], digests[changed])
         return int(np.count_nonzero(changed))
+
+    def leave(self, numbers: Numbers, rows: Rows) -> Left:
+        """Look at pages of RAM as :meth:`look` does, and leave those that have changed for later.
+
+        The table keeps what both ends know of these.
+        """
+        assert self._seen
+        digests = self._table.digests(rows)
+        changed, same = self._compare(Space.RAM, numbers, rows, digests)
+        self._round_looked += numbers.size
+        self._table.put(Space.RAM, numbers[same], digests[same])
+        self._same[Space.RAM].append(numbers[same])
+        lately = changed & self._seen.changed(Space.RAM, numbers, digests)
+        return Left(numbers[lately], numbers[changed & ~lately])
+
+    def missing_record(self, left: Left) -> Record:
+        """The record that names all pages that were left.
+
+        :raises LimitError: the machine has too much RAM for that.
+        """
+        return missing_record(left.numbers, self._known.machine)
+
+    def bring(self, numbers: Numbers, rows: Rows) -> None:
+        """Send pages that were left; their :meth:`payloads` are there then. As for :meth:`look`."""
+        self._table.put(Space.RAM, numbers, self._table.digests(rows))
+        self._send(Space.RAM, numbers, rows)
+        self._flush()
 
     def payloads(self) -> list[PagePayload]:
         """What is to be packed and sent, in this order; each is given once."""
@@ -188,6 +233,30 @@ class RoundWriter:
             self._payloads.append(payload)
 
 
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Pages of RAM that are sent later."""
+
+    lately: Numbers
+    """Those that have changed since they were looked at last: who goes on with the machine reads them first."""
+    before: Numbers
+    """Those that had changed before."""
+
+    @property
+    def numbers(self) -> Numbers:
+        """All of them, in order."""
+        return np.sort(np.concatenate((self.lately, self.before)))
+
+    @classmethod
+    def of(cls, parts: Sequence[Left]) -> Left:
+        """All parts together."""
+        nothing = np.empty(0, np.uint32)
+        return cls(
+            np.concatenate([nothing, *(part.lately for part in parts)]),
+            np.concatenate([nothing, *(part.before for part in parts)]),
+        )
+
+
 @dataclass(slots=True)
 class _Frame:
     """Changed pages that wait until there are enough of them."""
@@ -221,6 +290,8 @@ class Ended:
     device_state: bytes
     full: bytes
     """The digest of the whole machine at the source, or zeros."""
+    missing: Numbers
+    """The pages of RAM that are still to come, in order; all others are proven."""
 
 
 class RoundReader:
@@ -261,17 +332,21 @@ class RoundReader:
         )
         self._room: Rows = np.empty((FRAME_PAGES, PAGE_BYTES), np.uint8)
         self._device: list[bytes] = []
+        self._missing: Numbers = np.empty(0, np.uint32)
+        self._named_missing = False
         self._ended = False
 
     def take(self, record: Record) -> Ended | None:
-        """Take the next record; what the whole machine is, after the last one.
+        """Take the next record; what the whole machine is, after an END.
+
+        There is a second END where the first one left pages for later.
 
         :raises CorruptError: the record is damaged, not the next one, or not of this hand-off; or the copy
             differs from the machine at the source.
         :raises LimitError: it brings more than a record may.
         """
         where = f"record {self.records}"
-        if self._ended or (self._device and record.kind not in (RecordKind.DEVICE, RecordKind.END)):
+        if record.kind not in self._expected():
             raise CorruptError(f"{where} is {record.kind.name} and comes after the last round")
         ended = None
         match record.kind:
@@ -283,10 +358,20 @@ class RoundReader:
                 self._take_round(RoundEnd.decode(record.body, where), where)
             case RecordKind.DEVICE:
                 self._take_device(record, where)
+            case RecordKind.MISSING:
+                self._take_missing(record, where)
             case RecordKind.END:
-                ended = self._take_end(End.decode(record.body, where))
+                ended = self._take_end(End.decode(record.body, where), where)
         self.records += 1
         return ended
+
+    def _expected(self) -> tuple[RecordKind, ...]:
+        """What may come next."""
+        if self._ended:
+            return (RecordKind.PAGES, RecordKind.END) if self._named_missing else ()
+        if self._device or self._named_missing:
+            return RecordKind.DEVICE, RecordKind.END
+        return tuple(RecordKind)
 
     def _take_pages(self, record: Record, where: str) -> None:
         entry, blob = frame_in(record, where)
@@ -298,11 +383,25 @@ class RoundReader:
             raise CorruptError(f"{where} holds an XOR, which is not for hand-offs")
         if (payload.numbers[1:] <= payload.numbers[:-1]).any():
             raise CorruptError(f"{where} brings pages that are not in order")
+        if self._ended:
+            self._check_missing(payload, where)
         self._literals.add(payload.first_literal, payload.literals)
         rows = build(payload, self._known, self._literals, self._room)
         self._sink(PageBatch(payload.space, payload.numbers, rows))
         self._table.put(payload.space, payload.numbers, self._table.digests(rows))
         self._literal += len(payload.literals)
+        if self._ended:
+            self._missing = np.setdiff1d(self._missing, payload.numbers, assume_unique=True)
+
+    def _check_missing(self, payload: PagePayload, where: str) -> None:
+        missing = payload.space is Space.RAM and np.isin(payload.numbers, self._missing, assume_unique=True)
+        if not np.all(missing):
+            raise CorruptError(f"{where} brings a page that is not missing")
+
+    def _take_missing(self, record: Record, where: str) -> None:
+        raw = self._unpacker.unpack(*frame_in(record, where), where)
+        self._missing = missing_pages(raw, self._known.machine, where)
+        self._named_missing = True
 
     def _take_same(self, same: Same) -> None:
         """Name pages that are as this end holds them; the machine has others where they came before."""
@@ -328,11 +427,17 @@ class RoundReader:
             raise LimitError(f"{where} brings more device state than the {DEVICE_BYTES} bytes allowed")
         self._device.append(bytes(self._unpacker.unpack(entry, blob, where)))
 
-    def _take_end(self, end: End) -> Ended:
+    def _take_end(self, end: End, where: str) -> Ended:
+        if self._ended:
+            if self._missing.size:
+                raise CorruptError(f"{where} is END, and {self._missing.size} pages have not come")
+        elif self._missing.size and any(end.full):
+            raise CorruptError(f"{where} has a digest of a whole machine of which pages are missing")
         device_state = b"".join(self._device)
         if self._table.root(self._known.identity, device_state) != end.root:
             raise CorruptError(
                 "the copy differs from the machine at the source", hint="it goes on at the source"
             )
+        self._named_missing = self._named_missing and not self._ended
         self._ended = True
-        return Ended(device_state, end.full)
+        return Ended(device_state, end.full, self._missing)

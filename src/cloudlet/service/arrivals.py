@@ -219,7 +219,9 @@ class Arrivals:
             return PeerState(Ownership.DROPPED, reason="its machine is gone")
         if not self._site.keeping.keepers.lives(handoff.instance_id):
             record = self._left_alone(handoff, record)
-        return self._said(handoff, record.state, record.reason)
+        status = self._site.keeping.status(handoff.instance_id)
+        loaded = ((status and status.handoff) or {}).get("records", 0)
+        return self._said(handoff, record.state, record.reason, records=loaded)
 
     def look_at(self, instance: Instance, status: Status) -> None:
         """Note what a keeper says of an instance that comes here."""
@@ -354,6 +356,7 @@ class Arrivals:
         usage = Usage(1, machine.memory_bytes, machine.cpus, machine.disk_bytes)
         capacity.admit(connection, self._site.options.limits, usage)
         here = INSTANCES.find(connection, id=wanted["id"])
+        self._check_epoch(connection, wanted, here)
         if here is None:
             coming = Instance(
                 id=wanted["id"], project_id=wanted["project_id"], user_id=wanted["user_id"],
@@ -367,12 +370,20 @@ class Arrivals:
             return INSTANCES.insert(connection, coming)
         if here.state is not InstanceState.MOVED:
             raise ConflictError(f"instance {here.id} is here, and {here.state}")
-        if wanted["epoch"] <= here.epoch:
-            raise ConflictError(
-                f"instance {here.id} has left here in epoch {here.epoch}, "
-                f"and is offered in epoch {wanted['epoch']}"
-            )
         return INSTANCES.update(connection, here.id, state=InstanceState.MOVING)
+
+    def _check_epoch(self, connection: Connection, wanted: Mapping[str, Any], here: Instance | None) -> None:
+        """That the instance has not been here later than where it comes from; also if its row is gone.
+
+        :raises ConflictError: it has.
+        """
+        done = HANDOFFS.list(connection, instance_id=wanted["id"], state=HandoffState.COMPLETED)
+        epochs = [one.epoch + (one.direction is Direction.IN) for one in done]
+        last = max([*epochs, here.epoch if here else 0])
+        if wanted["epoch"] <= last:
+            raise ConflictError(
+                f"instance {wanted['id']} was here in epoch {last}, and is offered in epoch {wanted['epoch']}"
+            )
 
     def _have_image(self, wanted: Mapping[str, Any], running: Running) -> None:
         """Have the image of the overlay here.

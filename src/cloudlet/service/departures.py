@@ -20,7 +20,7 @@ from cloudlet.control.ownership import Ownership, OwnershipFile, read_record
 from cloudlet.control.pace import Terms
 from cloudlet.errors import CloudletError, ConflictError
 from cloudlet.keeper.correspondence import HttpPeer
-from cloudlet.keeper.order import describe
+from cloudlet.keeper.order import KeeperState, Status, describe
 from cloudlet.service.instances import check_here
 from cloudlet.service.work import operation
 from cloudlet.store import journal
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from cloudlet.service.site import ServedSite
 
 _RUNNING = (InstanceState.ACTIVE, InstanceState.PAUSED)
+_OPEN = tuple(state for state in HandoffState if not state.ended)
 _STATES: Mapping[Ownership, HandoffState] = {
     Ownership.COPYING: HandoffState.COPYING,
     Ownership.SWITCHING: HandoffState.SWITCHING,
@@ -217,11 +218,13 @@ class Departures:
         if record and record.handoff == handoff.id and record.state is Ownership.COMPLETED:
             self.moved(handoff, record.told, {})
             return
-        if record and record.handoff == handoff.id and record.state is Ownership.COMMITTED:
-            # What failed was to wait for the peer's word: nobody knows yet. `handoff resolve` goes on.
-            self.note(handoff.id, record.state, in_doubt=True, error=describe(error))
-            return
         lives = self._site.keeping.keepers.lives(handoff.instance_id)
+        open_ = record and record.handoff == handoff.id and not record.state.ended
+        if record and open_ and (lives or record.state is Ownership.COMMITTED):
+            # What failed was to wait: nobody knows yet. The keeper's word, or `handoff resolve`, goes on.
+            in_doubt = record.state is Ownership.COMMITTED
+            self.note(handoff.id, record.state, in_doubt=in_doubt, error=describe(error))
+            return
 
         def note(connection: Connection) -> None:
             if HANDOFFS.get(connection, handoff.id, lock=True).state.ended:
@@ -239,6 +242,18 @@ class Departures:
         self._site.leases.look()
         if not lives:
             self._site.keeping.look_again(handoff.instance_id)
+
+    def look_at(self, instance: Instance, status: Status) -> None:
+        """Go on with a hand-off that nobody waits for any more, as its keeper has brought it to an end."""
+        said = status.handoff or {}
+        decided = said.get("state") in (Ownership.COMPLETED, Ownership.REVERTED)
+        if status.state is not KeeperState.ENDED and not decided:
+            return
+        leaving = {"instance_id": instance.id, "direction": Direction.OUT, "state": _OPEN}
+        handoff = self._site.database.read(lambda connection: HANDOFFS.find(connection, **leaving))
+        if handoff:
+            with suppress(ConflictError):  # it has just been said
+                self.resolve(handoff)
 
     def resolve(self, handoff: Handoff) -> Operation:
         """Have it go on, if it was left in doubt; who asks again is told of the same.

@@ -51,8 +51,11 @@ MOST_AT_ONCE = 4
 """Hand-offs of a drain: more would share a link, and none of them get anywhere."""
 _LEAST_SECONDS = 10.0
 """A hand-off gets so long, even where many others wait."""
+_PATIENCE_SHARE = 1 / 3
 _FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0
 """Seconds until an instance is tried again that no peer has taken, while it may still work."""
+_ASKED_AT_ONCE = 16
+"""Peers, of what they can do."""
 _LOOK_SECONDS = 1.0
 _GIVE_UP_SECONDS = 60.0
 """Longest time for what is on its way to come back, where the drain is cancelled."""
@@ -136,7 +139,7 @@ class Drain:
     def _asked_peers(self) -> list[Peer]:
         """The peers, with what they say now that they can do."""
         peers = self._trusted()
-        with ThreadPoolExecutor(max_workers=max(1, len(peers)), thread_name_prefix="refresh") as pool:
+        with ThreadPoolExecutor(_ASKED_AT_ONCE, thread_name_prefix="refresh") as pool:
             return list(pool.map(self._refreshed, peers))
 
     def _refreshed(self, peer: Peer) -> Peer:
@@ -183,9 +186,10 @@ class Drain:
 
     def _back(self, entry: Entry, handoff: Handoff) -> Entry:
         """An instance that one peer did not take."""
-        error = handoff.error or {}
-        if error.get("kind") == CancelledError.__name__:
-            return entry.stays(self._over or "its hand-off was cancelled")
+        error, instance = handoff.error or {}, self._instances.get(entry.id)
+        if error.get("kind") == CancelledError.__name__ and instance and instance.state in _RUNNING:
+            staying = entry.stays(self._over or "its hand-off was cancelled")
+            return replace(staying, state=instance.state.value)
         accepted = "holds" in handoff.order
         final = not accepted and isinstance(raised(error), _REFUSALS)
         back = entry.failed(handoff.peer_id, error.get("message", ""), final=final)
@@ -258,14 +262,17 @@ class Drain:
             self._put(entry)  # something else has become of it, or of the peer: the next look says what
 
     def _terms(self, waiting: int) -> Terms:
-        """On what terms a hand-off goes, so that all who wait get their share of the time that is left."""
+        """On what terms a hand-off goes, so that all who wait get their share of the time that is left.
+
+        A peer that falls silent is given up early enough for another to be tried.
+        """
         share = self._left / ceil(waiting / MOST_AT_ONCE)
         seconds = max(min(self._left, max(share, _LEAST_SECONDS)), 1.0)
         peers = self._site.options.peers
         return Terms(
             pause_seconds=self._pause_seconds,
             deadline_seconds=seconds,
-            patience_seconds=min(peers.patience_seconds, seconds),
+            patience_seconds=min(peers.patience_seconds, seconds * _PATIENCE_SHARE),
             bytes_per_second=peers.bytes_per_second or 0.0,
         )
 

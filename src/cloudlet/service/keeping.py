@@ -179,6 +179,7 @@ class Keeping:
             instance = self._site.database.read(lambda connection: INSTANCES.get(connection, instance_id))
             if instance.state is InstanceState.MOVING:
                 self._site.arrivals.look_at(instance, status)
+                self._site.departures.look_at(instance, status)
             elif status.state is KeeperState.ENDED:
                 self._machine_ended(instance, status)
             elif status.state is KeeperState.READY:

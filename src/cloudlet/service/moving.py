@@ -8,11 +8,11 @@ from contextlib import suppress
 
 from cloudlet.control.courier import PeerState, answered
 from cloudlet.control.ownership import Ownership
-from cloudlet.errors import CloudletError, ConflictError, FailedError, UnreachableError
+from cloudlet.errors import CloudletError, FailedError, UnreachableError
 from cloudlet.keeper.order import KeeperState, Status, raised
 from cloudlet.service.departures import Departures
 from cloudlet.service.steps import Flow, Lane, Running, Step
-from cloudlet.store.rows import Handoff
+from cloudlet.store.rows import Handoff, HandoffState
 
 _ANSWER_SECONDS = 15.0
 """Longest time until a peer answers an offer at all."""
@@ -99,6 +99,11 @@ class Move(_OfHandoff):
             done = self._conclude(handoff)
         self.departures.moved(handoff, done["told"], done["statistics"])
 
+    def undo(self) -> None:
+        """Have the keeper stop it, which goes on by itself whoever waits for it."""
+        with suppress(CloudletError):  # it is the peer's already, or there is no keeper
+            self.site.keeping.keepers.ask(self.running.instance_id, "stay", timeout=_WORD_SECONDS)
+
     def _conclude(self, handoff: Handoff) -> dict[str, dict[str, object]]:
         peer = self.departures.peer(handoff)
         try:
@@ -114,8 +119,7 @@ class Move(_OfHandoff):
         """Take note of how far it is, and of somebody who wants it to stay."""
         if self.running.cancelled.is_set() and not self._told_to_stay:
             self._told_to_stay = True
-            with suppress(ConflictError):  # it is the peer's already
-                self.site.keeping.keepers.ask(self.running.instance_id, "stay")
+            self.undo()
         self.running.note(sent, total)
         status = self.site.keeping.known(self.running.instance_id)
         if status and status.handoff and status.handoff.get("id") == self.operation.resources["handoff"]:
@@ -141,11 +145,18 @@ class Receive(_OfHandoff):
 
     def do(self) -> None:
         handoff = self.handoff()
+        self._check(handoff)
         self.site.keeping.start(handoff.instance_id, self.site.arrivals.order(handoff))
         status = self.site.keeping.wait(handoff.instance_id, _can_be_filled, _READY_SECONDS, self._look)
         if status.state is KeeperState.ENDED:
             raise raised(status.error or {"message": "the machine ended before it could be filled"})
         self.site.arrivals.receiving(handoff)
+        self._check(self.handoff())
+
+    def _check(self, handoff: Handoff) -> None:
+        """That it is wanted still: who takes it back does not wait for this step."""
+        if handoff.state is HandoffState.REVERTED:
+            raise FailedError("the source has taken it back")
 
     def undo(self) -> None:
         self.site.keeping.end(self.running.instance_id)

@@ -80,16 +80,20 @@ def test_junk_is_refused(raw: bytes) -> None:
 @pytest.mark.parametrize(
     ("found", "difference"),
     [
-        ([CPU, DISK], "section 2 is absent, but the base has timer"),
-        ([CPU, DISK, TIMER, CPU], "section 3 is cpu .*, but the base has absent"),
-        ([DISK, CPU, TIMER], "section 0 is 0:4.0/virtio-blk"),
-        ([CPU, DISK, TIMER._replace(version=3)], r"timer \(instance 1, version 3\).*version 2\)"),
-        ([CPU, DISK, TIMER._replace(instance=0)], r"timer \(instance 0.*timer \(instance 1"),
+        ([CPU, DISK], r"lacks section timer \(instance 1, version 2\), which the base has"),
+        ([CPU, DISK, TIMER, CPU], "has section cpu .*, which the base has not"),
+        ([CPU, DISK, TIMER._replace(version=3)], r"has section timer \(instance 1, version 3\)"),
+        ([CPU, DISK, TIMER._replace(instance=0)], r"has section timer \(instance 0"),
     ],
 )
 def test_the_first_difference_is_named(found: list[DeviceSection], difference: str) -> None:
     with pytest.raises(MismatchError, match=difference):
         check_sections(state(found, [b"payload"] * len(found)), (CPU, DISK, TIMER))
+
+
+def test_each_version_of_qemu_has_its_own_order() -> None:
+    found = [DISK, TIMER, CPU]
+    check_sections(state(found, [b"payload"] * len(found)), (CPU, DISK, TIMER))
 
 
 @pytest.mark.parametrize("name", [b"\x1b[31m", b"caf\xc3\xa9"])

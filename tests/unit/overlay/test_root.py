@@ -116,8 +116,9 @@ def test_one_base_only(small: bytes) -> None:
         root.check_base("ab" * 32, replace(MACHINE, cpus=2), SECTIONS)
     with pytest.raises(MismatchError, match="slirp"):
         root.check_base("ab" * 32, MACHINE, (*SECTIONS, DeviceSection("slirp", 0, 4)))
-    with pytest.raises(MismatchError, match="another order"):
-        root.check_base("ab" * 32, MACHINE, SECTIONS[::-1])
+    with pytest.raises(MismatchError, match="differ"):
+        root.check_base("ab" * 32, MACHINE, (*SECTIONS, SECTIONS[0]))
+    root.check_base("ab" * 32, MACHINE, SECTIONS[::-1])  # as another version of QEMU has them
 
 
 def test_the_forge_is_faithful(small: bytes) -> None:

@@ -294,7 +294,7 @@ def test_a_record_that_is_cut_is_found(held: Held) -> None:
     ("head", "error"),
     [
         (b"\x00\0\0\0\0\0\0\0", CorruptError),
-        (b"\x06\0\0\0\0\0\0\0", CorruptError),
+        (b"\x07\0\0\0\0\0\0\0", CorruptError),
         (b"\x05\0\1\0\0\0\0\0", CorruptError),
         (b"\x01\0\0\0\x31\0\x40\0", LimitError),
         (b"\x02\0\0\0\xff\xff\xff\xff", LimitError),

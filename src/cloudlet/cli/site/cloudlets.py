@@ -85,6 +85,7 @@ class Drain(SiteCommand, Lister):
         }
         given = {name: value for name, value in terms.items() if value is not None}
         operation = self.client.drain_cloudlet(**given)
+        self.say(f"the site admits no more instances, and hands off what runs: operation {operation.id}")
         if parsed_args.no_wait:
             self._interrupted(operation)
             return shown.table(("id", "kind", "state"), [operation], shown.operation)

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from cloudlet.errors import MismatchError, NotFoundError, RefusedError
-from cloudlet.hypervisor.driver import Arriving, BaseImage, Boot, Instance, Layer, LayerSink, Wanted
+from cloudlet.hypervisor.driver import (
+    Arriving,
+    BaseImage,
+    Boot,
+    Instance,
+    Layer,
+    LayerSink,
+    ReceivingEarly,
+    Wanted,
+)
 from cloudlet.hypervisor.fake.incoming import FakeIncoming, FakeReceiving, full_disk_is_capacity
 from cloudlet.hypervisor.fake.instance import DISK, RAM, FakeInstance
 from cloudlet.hypervisor.generation import read_generation_id
@@ -146,6 +155,19 @@ class FakeHypervisor:
         name: str = "",
         record_touched: bool = False,
     ) -> Arriving:
+        raise RefusedError(self.early_obstacle())
+
+    def receive_early(
+        self,
+        base: BaseImage,
+        wanted: Wanted,
+        ports: Sequence[PublishedPort] = (),
+        *,
+        name: str = "",
+        overlay_id: str = "",
+        layer: Layer | None = None,
+        generation_id: str = "",
+    ) -> ReceivingEarly:
         raise RefusedError(self.early_obstacle())
 
     def instances(self) -> list[Instance]:

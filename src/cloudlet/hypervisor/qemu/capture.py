@@ -2,7 +2,8 @@
 
 An instance stands on its base, and, where it was started from an app's image, on a layer of the app's
 pages between them (:class:`~cloudlet.hypervisor.driver.Layer`). The kernel tells only what the guest has
-written since. So what it never wrote but the layer brings is added from the layer's files.
+written since. So what it never wrote but the layer brings is added from the layer's files; and likewise what has
+come from another site into a file of the machine's own.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -27,18 +29,31 @@ from cloudlet.sparse import copy_some
 Offsets = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def add_layer(path: Path, private: Numbers, layer: Layer) -> Numbers:
-    """Add the layer's pages of RAM to the file of private pages, each page in the order of its number.
+@dataclass(frozen=True, slots=True)
+class PagesBelow:
+    """Pages of RAM that are not the base's, whether the guest has written them or not."""
+
+    numbers: Numbers
+    """In order."""
+    ram: Path
+    """A file as large as the guest's RAM, each page at its place."""
+
+    @classmethod
+    def of(cls, layer: Layer) -> Self:
+        return cls(numbers_of(layer.pages.runs(Space.RAM)), layer.ram)
+
+
+def add_below(path: Path, private: Numbers, below: PagesBelow) -> Numbers:
+    """Add pages of RAM to the file of private pages, each page in the order of its number.
 
     :param path: the pages ``private``, one after the other; replaced by a file of all pages.
     :return: the numbers of all pages.
     """
-    brought = numbers_of(layer.pages.runs(Space.RAM))
-    brought = brought[~np.isin(brought, private, assume_unique=True)]
+    brought = below.numbers[~np.isin(below.numbers, private, assume_unique=True)]
     numbers = np.union1d(private, brought).astype(np.uint32)
     whole = path.with_suffix(".whole")
     with ExitStack() as files:
-        source, pages = (os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in (path, layer.ram))
+        source, pages = (os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in (path, below.ram))
         files.callback(os.close, source)
         files.callback(os.close, pages)
         target = os.open(whole, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

@@ -52,6 +52,7 @@ from cloudlet.hypervisor.qemu.network import (
 from cloudlet.hypervisor.qemu.page_server import PageServer, ServedFile
 from cloudlet.hypervisor.qemu.qcow2 import GrowingQcow2, Qcow2Writer
 from cloudlet.hypervisor.qemu.receiving import QemuReceiving
+from cloudlet.hypervisor.qemu.receiving_early import RAM, OwnRam, QemuReceivingEarly
 from cloudlet.hypervisor.qemu.sockets import listen
 from cloudlet.hypervisor.records import (
     ProcessId,
@@ -227,6 +228,47 @@ class QemuHypervisor:
             on_error.pop_all()
             return QemuReceiving(waiting.instance, waiting.stream, disk, waiting.starting)
 
+    def receive_early(
+        self,
+        base: BaseImage,
+        wanted: Wanted,
+        ports: Sequence[PublishedPort] = (),
+        *,
+        name: str = "",
+        overlay_id: str = "",
+        layer: Layer | None = None,
+        generation_id: str = "",
+    ) -> QemuReceivingEarly:
+        self.check(base.machine)
+        kept = read_generation_id(generation_id)
+        with ExitStack() as on_error, ExitStack() as always:
+            workspace, bound = self._begin(ports, on_error)
+            own = OwnRam(workspace.path / RAM, base.machine, layer)
+            on_error.callback(own.close)
+            server = self._server_of_own(base, workspace, own, wanted)
+            on_error.callback(server.stop)
+            disk = GrowingQcow2(workspace.path / DISK, base.machine.disk_bytes)
+            on_error.callback(disk.close)
+            ram = os.dup(server.descriptors[0])
+            until_started = on_error.enter_context(ExitStack())
+            until_started.callback(os.close, ram)
+            plan, ours = self._resumed(base, workspace, ram, on_error, always)
+            plan = replace(plan, early=True, run=False, generation_id=str(kept or ""))
+            if layer:
+                held = OpenLayer(layer)
+                on_error.callback(held.close)
+                plan = replace(plan, layer=held, layer_disk=held.disk)
+            record = _record(workspace, base, name, overlay_id, server.process)
+            instance, network = self._start(plan, workspace, bound, record)
+            until_started.pop_all()
+            on_error.callback(instance.stop)
+            on_error.callback(network.release)
+            on_error.callback(server.stop)
+            target = Stream(instance, base, ours, self._firmware(base.machine))
+            on_error.pop_all()
+            starting = Starting(instance, network)
+            return QemuReceivingEarly(instance, target, own, disk, server, starting)
+
     def layer_pages(
         self, layer: Layer, machine: Machine
     ) -> AbstractContextManager[Mapping[Space, HeldPages]]:
@@ -393,6 +435,26 @@ class QemuHypervisor:
                 log_fd=log, uid=self._page_server_uid() if launch.runs_as_root() else None,
                 # Neighbours that are read along are not touched.
                 push_pages=0 if touched else page_server.PUSH_PAGES, touched=recorded,
+            )  # fmt: skip
+
+    def _server_of_own(
+        self, base: BaseImage, workspace: Workspace, own: OwnRam, wanted: Wanted
+    ) -> PageServer:
+        """The server of a machine whose pages come from another site."""
+
+        def tell(_: int, place: int, count: int) -> None:
+            # The server has read what a guest and its QEMU wrote: what cannot be is not believed.
+            after = min(place + count, base.machine.ram_pages)
+            if place < after:
+                wanted(Space.RAM, np.arange(place, after, dtype=np.uint32))
+
+        with ExitStack() as always:
+            ram = _open(always, base.ram, os.O_RDONLY)
+            log = _open(always, workspace.path / "pages.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            file = ServedFile(base.machine.memory_bytes, own.descriptor, ram, own.states())
+            return PageServer.start(
+                workspace, [file], tell,
+                log_fd=log, uid=self._page_server_uid() if launch.runs_as_root() else None, changes=True,
             )  # fmt: skip
 
     def _page_server_uid(self) -> int:

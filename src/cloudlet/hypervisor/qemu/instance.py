@@ -17,10 +17,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from cloudlet.errors import FailedError, RefusedError
 from cloudlet.hypervisor.driver import BaseCapture, Capture, Layer, Listener, Paging, RunState
 from cloudlet.hypervisor.qemu import capture, changed, launch, page_server, ramblocks, sections, stream
 from cloudlet.hypervisor.qemu.agent import QemuGuestAgent
+from cloudlet.hypervisor.qemu.capture import PagesBelow
 from cloudlet.hypervisor.qemu.changed import Mapping
 from cloudlet.hypervisor.qemu.digest import digest_machine
 from cloudlet.hypervisor.qemu.disk import InstanceDisk
@@ -32,6 +35,7 @@ from cloudlet.hypervisor.qemu.sockets import connect
 from cloudlet.hypervisor.records import ProcessId, Record, Workspace, cpu_seconds_of
 from cloudlet.model import Endpoint, Machine
 from cloudlet.overlay.limits import DEVICE_BYTES
+from cloudlet.overlay.pages import Numbers
 from cloudlet.sparse import copy_data
 
 DISK = "disk.qcow2"
@@ -74,6 +78,7 @@ class QemuInstance:
         self._layer = layer
         self._listeners = list(listeners)
         self._monitor: Monitor | None = None
+        self._received: PagesBelow | None = None
         self.fresh_blocks: ramblocks.Digests = {}
         """Memory besides the guest's RAM as it was before a machine that was booted ran."""
 
@@ -96,6 +101,13 @@ class QemuInstance:
     @property
     def layer(self) -> Layer | None:
         return self._layer.layer if self._layer else None
+
+    def stands_on(self, ram: Path, received: Numbers) -> None:
+        """Pages that the guest has not written are not only its base's and layer's: some came from another site.
+
+        :param ram: the file that holds these, and those of the layer.
+        """
+        self._received = PagesBelow(received, ram)
 
     @property
     def listeners(self) -> tuple[Listener, ...]:
@@ -205,9 +217,9 @@ class QemuInstance:
             with self._spool(DISK_BLOCKS) as spool:
                 blocks = capture.copy_disk(disk, spool)
             laps("disk")
-        if layer:
+        if below := self._below(layer):
             # What never changes can be fetched when the machine need not be waited for any more.
-            numbers = capture.add_layer(self.directory / RAM_PAGES, numbers, layer)
+            numbers = capture.add_below(self.directory / RAM_PAGES, numbers, below)
         return Capture(
             ram=capture.spooled(self.directory / RAM_PAGES, numbers),
             disk=capture.spooled(self.directory / DISK_BLOCKS, blocks),
@@ -221,7 +233,10 @@ class QemuInstance:
         mapping, layer = self._looked_at()
         with ExitStack() as on_error:
             disk = on_error.enter_context(self._open_disk(layer))
-            rounds = QemuRounds(mapping, disk, layer if with_layer else None, self._stand_still)
+            received = self._received.numbers if self._received else None
+            rounds = QemuRounds(
+                mapping, disk, layer if with_layer else None, self._stand_still, received
+            )
             on_error.pop_all()
             return rounds
 
@@ -349,12 +364,14 @@ class QemuInstance:
 
         :raises FailedError: nothing came for a while, or only the machine's owner has the layer.
         """
-        if self._layer is None:
-            if self.record.detail.get("layer"):
-                raise FailedError(f"only the owner of instance {self.id} can capture it")
-            return None
-        if not self.record.pages:
-            return self._layer.layer
+        stands_on_more = self.record.detail.get("layer") or self.record.pages
+        if stands_on_more and not (self._layer or self._received):
+            raise FailedError(f"only the owner of instance {self.id} can capture it")
+        if self.record.pages:
+            self._wait_for_pages()
+        return self._layer.layer if self._layer else None
+
+    def _wait_for_pages(self) -> None:
         last, since = -1, time.monotonic()
         while not (paging := self._paging()).complete:
             if paging.missing != last:
@@ -366,7 +383,16 @@ class QemuInstance:
                 )
             if self.wait(_LOOK_SECONDS):
                 raise FailedError(f"instance {self.id} ended before its overlay had arrived")
-        return self._layer.layer
+
+    def _below(self, layer: Layer | None) -> PagesBelow | None:
+        """The pages of RAM that are not the base's, as far as the guest has not written them."""
+        of_layer = PagesBelow.of(layer) if layer else None
+        if not self._received:
+            return of_layer
+        numbers = self._received.numbers
+        if of_layer:
+            numbers = np.union1d(numbers, of_layer.numbers).astype(np.uint32)
+        return PagesBelow(numbers, self._received.ram)
 
     def _paging(self) -> Paging:
         if paging := page_server.read_progress(self.directory):

@@ -49,6 +49,8 @@ PUSH_PAGES = 16
 
 _SERVER = Path(__file__).parents[2] / "pageserver" / "__main__.py"
 _PACKET_BYTES = 64
+_FORGET_ALL = struct.pack("<IiQQqq", 40, 2, 0, 1, 0, 0)
+"""FUSE_NOTIFY_INVAL_INODE of the root, from its first byte to its last (``include/uapi/linux/fuse.h``)."""
 _WANTED = struct.Struct("<BQI")
 
 Wanted = Callable[[int, int, int], None]
@@ -104,6 +106,8 @@ class PageServer:
     _state: int
     _states: list[NDArray[np.uint8]]
     _progress: Paging
+    _device: int = -1
+    """Of file 0, while what has been read of it may change."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _flushed: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     _listener: threading.Thread | None = None
@@ -119,6 +123,7 @@ class PageServer:
         uid: int | None = None,
         push_pages: int = PUSH_PAGES,
         touched: int | None = None,
+        changes: bool = False,
     ) -> PageServer:
         """Start the server of one or two files; the caller goes on to own all descriptors it gives.
 
@@ -126,6 +131,8 @@ class PageServer:
             caller is, because Python may be installed where only its owner can read.
         :param push_pages: 0 reads nothing along.
         :param touched: descriptor of a file to which the order is appended in which pages are first read.
+        :param changes: whether pages of file 0 that can be read already may come again, until :meth:`settle`.
+            Reads may hang until then, if the server dies.
         :raises RefusedError: it cannot be started here; :func:`obstacle` says so before.
         """
         if reason := obstacle():
@@ -146,10 +153,14 @@ class PageServer:
             on_error.callback(control.close)
             inherited.callback(theirs.close)
             mounts, arguments, handed = [], [], [theirs.fileno(), state]
+            kept = -1
             for served in files:
                 device = given(mount.open_device())
                 mounts.append(mount.mount(device))
                 on_error.callback(os.close, mounts[-1])
+                if changes and kept < 0:
+                    kept = os.dup(device)
+                    on_error.callback(os.close, kept)
                 delta = given(_read_only(served.delta))
                 base = -1 if served.base is None else given(_read_only(served.base))
                 arguments.append(f"{device}:{served.size}:{delta}:{base}")
@@ -170,7 +181,7 @@ class PageServer:
             )
             on_error.pop_all()
         process = ProcessId.of(child.pid)
-        server = cls(process, tuple(mounts), child, control, state, states, progress)
+        server = cls(process, tuple(mounts), child, control, state, states, progress, kept)
         server._listen(wanted, push_pages)
         return server
 
@@ -190,6 +201,29 @@ class PageServer:
             write_at(self._state, states[first:after].tobytes(), start + first)
             self._note(replace(self._progress, missing=self._progress.missing - fresh))
         self._tell(b"A")
+
+    def expect(self, file: int, numbers: NDArray[np.uint32]) -> None:
+        """Pages of a file are still to come, or to come again: who reads one waits for it."""
+        states = self._states[file]
+        with self._lock:
+            if self._state < 0:
+                return
+            more = int(np.count_nonzero(states[numbers] != MISSING))
+            states[numbers] = MISSING
+            start = HEADER_BYTES + sum(len(before) for before in self._states[:file])
+            write_at(self._state, states.tobytes(), start)
+            pages = sum(int(np.count_nonzero(kinds)) for kinds in self._states)
+            self._note(replace(self._progress, pages=pages, missing=self._progress.missing + more))
+
+    def settle(self) -> None:
+        """What was read of file 0 is not true any more: have the kernel forget it; it does not change from now on.
+
+        This process asks for it and not the server, which must be there for what is being read just now.
+        """
+        if self._device >= 0:
+            # Without the lock: it waits for pages that are being read, which may have to come first.
+            os.write(self._device, _FORGET_ALL)
+        self._close_device()
 
     def received(self, done: int, total: int) -> None:
         """So many bytes of the overlay are here, of so many."""
@@ -226,7 +260,14 @@ class PageServer:
             self._child.wait()
         self._close()
 
+    def _close_device(self) -> None:
+        with self._lock:
+            if self._device >= 0:
+                os.close(self._device)
+                self._device = -1
+
     def _close(self) -> None:
+        self._close_device()
         # Wakes the listener, also where it is the one that calls.
         with suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)

@@ -48,12 +48,7 @@ class QemuReceiving:
         :raises MismatchError: the device state is not one of the base's machine; QEMU has not seen it.
         :raises FailedError: QEMU refused the device state.
         """
-        with full_disk_is_capacity():
-            self._disk.finish()
-        self._disk.close()
-        self._stream.load_devices(device_state)
-        if not self._is_paused():
-            raise self._stream.refusal()
+        load_and_stay(self.instance, self._stream, self._disk, device_state)
 
     def abort(self) -> None:
         """Give up: nothing of the instance is left."""
@@ -62,9 +57,26 @@ class QemuReceiving:
         self._starting.close()
         self.instance.stop()
 
-    def _is_paused(self) -> bool:
-        """Whether the machine lives: QEMU closes its end when all is loaded, but also when it gives up."""
-        try:
-            return self.instance.state() is RunState.PAUSED
-        except FailedError:
-            return False
+
+def load_and_stay(
+    instance: QemuInstance, target: Stream, disk: GrowingQcow2, device_state: bytes
+) -> None:
+    """Write the disk's tables and load the devices; the machine is complete then, and paused.
+
+    :raises MismatchError: the device state is not one of the base's machine; QEMU has not seen it.
+    :raises FailedError: QEMU refused the device state.
+    """
+    with full_disk_is_capacity():
+        disk.finish()
+    disk.close()
+    target.load_devices(device_state)
+    if not _is_paused(instance):
+        raise target.refusal()
+
+
+def _is_paused(instance: QemuInstance) -> bool:
+    """Whether the machine lives: QEMU closes its end when all is loaded, but also when it gives up."""
+    try:
+        return instance.state() is RunState.PAUSED
+    except FailedError:
+        return False

@@ -17,18 +17,26 @@ class QemuRounds:
     """See :class:`cloudlet.hypervisor.driver.Rounds`."""
 
     def __init__(
-        self, mapping: Mapping, disk: InstanceDisk, layer: Layer | None, stand_still: Callable[[], bytes]
+        self,
+        mapping: Mapping,
+        disk: InstanceDisk,
+        layer: Layer | None,
+        stand_still: Callable[[], bytes],
+        received: Numbers | None = None,
     ) -> None:
         """Rounds of a machine.
 
         :param disk: is closed with the rounds.
         :param layer: whose pages count as held.
         :param stand_still: pauses the machine and gives its device state.
+        :param received: pages of RAM beneath what the guest has written that are neither base's nor layer's.
         """
         self._mapping = mapping
         self._disk = disk
         self._with_layer = layer is not None
-        self._brought = numbers_of(layer.pages.runs(Space.RAM)) if layer else np.empty(0, np.uint32)
+        nothing = np.empty(0, np.uint32)
+        of_layer = numbers_of(layer.pages.runs(Space.RAM)) if layer else nothing
+        self._brought = np.union1d(of_layer, nothing if received is None else received)
         self._stand_still = stand_still
         self._settled = False
         self._told: Numbers = np.empty(0, np.uint32)

@@ -117,6 +117,7 @@ def equal(lab: Lab, results: Results) -> None:
                     results.add("handoff.equal", False)
                     continue
                 here, there = there, here
+                both.settle(here, instance["id"])
                 url = f"http://{here.address}:{port_of(instance, HTTP_PORT)}"
                 results.add("handoff.equal", ask(f"{url}/held") == held)
 

@@ -34,6 +34,8 @@ from benchmarks.site_served import (
 from benchmarks.wire import Wire, wire
 from cloudlet.errors import FailedError
 from cloudlet.hypervisor.records import cpu_seconds_of, records
+from cloudlet.keeper.handle import Keepers
+from cloudlet.keeper.order import KeeperState
 from cloudlet.model import MEBIBYTE
 from cloudlet.settings import Settings
 
@@ -176,9 +178,22 @@ class Sites:
         if len(peers) != 1:
             raise FailedError(f"{source.address} has {len(peers)} peers")
         wanted = {"instance_id": instance_id, "peer_id": peers[0]["id"], **terms}
-        begun = source.member("POST", "/v1/handoffs", {"handoff": wanted})["operation"]
-        done = source.member.done(begun, terms.get("deadline_seconds", 60.0) + _SPARE_SECONDS)
-        return dict(source.member("GET", f"/v1/handoffs/{done['resources']['handoff']}")["handoff"])
+        member = source.member
+        begun = member("POST", "/v1/handoffs", {"handoff": wanted})["operation"]
+        done = member.done(begun, terms.get("deadline_seconds", 60.0) + _SPARE_SECONDS)
+        return dict(member("GET", f"/v1/handoffs/{done['resources']['handoff']}")["handoff"])
+
+    def settle(self, site: Site, instance_id: str) -> None:
+        """Wait until an instance that has come to a site can leave it: its clock is set first."""
+        keepers = Keepers(site.settings, lambda *_: None)
+        deadline = time.monotonic() + _READY_SECONDS
+        try:
+            while (status := keepers.status(instance_id)) is None or status.state is not KeeperState.READY:
+                if time.monotonic() > deadline:
+                    raise FailedError(f"instance {instance_id} is not ready")
+                time.sleep(_PAUSE)
+        finally:
+            keepers.close()
 
     def _addresses(self, instance: dict[str, Any], guest_port: int) -> list[Address]:
         port = port_of(instance, guest_port)
@@ -276,8 +291,9 @@ def _warm(both: Sites) -> None:
     with ExitStack() as stack:
         instance = stack.enter_context(both.instance())
         for way in ("overlay", "nothing"):
-            both.hand_off(both.near, both.far, instance["id"], overlay=way)
-            both.hand_off(both.far, both.near, instance["id"], overlay=way)
+            for here, there in ((both.near, both.far), (both.far, both.near)):
+                both.hand_off(here, there, instance["id"], overlay=way)
+                both.settle(there, instance["id"])
 
 
 def mib(count: float) -> float:

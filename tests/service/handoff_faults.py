@@ -42,7 +42,6 @@ GRACE, PATIENCE = 1, 8
 AWAY = 1.5
 """Seconds for which something is cut, killed, or full."""
 _REACHED_SECONDS, _SETTLED_SECONDS = 45.0, 75.0
-_PAGES = 150
 _MOST_HANDSHAKE = 400
 """Bytes of a piece that is no message: the end of a handshake."""
 _STATE_MIB = 96
@@ -197,7 +196,7 @@ class World:
         if self.instance is None:
             self.at = which
             self.instance = self.sites[which].call.start(self._apps[which])
-            self.user.begin(_PAGES)
+            self.user.begin()
         if self.at != which:
             self.sites[self.at].hand_off(self.instance)
             self.at = which
@@ -218,6 +217,40 @@ class World:
         """Wait until nothing of it is left at the other site."""
         folder = self.machines[1 - which].keepers_dir / instance_id
         wait_for(lambda: not folder.exists(), GRACE + 15, f"{folder} is still there")
+
+
+class Worlds:
+    """Two sites for any number of cells; others after something was not as it had to be."""
+
+    def __init__(self, folder: Path, made: Made, hashed: str) -> None:
+        self._folder, self._made, self._hashed = folder, made, hashed
+        self._stack = ExitStack()
+        self._count = 0
+        self._world: World | None = None
+
+    def __enter__(self) -> Worlds:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.forget()
+
+    def get(self) -> World:
+        """Two sites."""
+        if self._world is None:
+            self._count += 1
+            place = self._folder / f"{self._count}"
+            place.mkdir(parents=True)
+            self._world = self._stack.enter_context(world(place, self._made, self._hashed))
+        return self._world
+
+    def at(self) -> int | None:
+        """At which site the instance is, if there is one."""
+        return self._world.at if self._world and self._world.instance else None
+
+    def forget(self) -> None:
+        """End the sites, and all that is left of them."""
+        self._world = None
+        self._stack.close()
 
 
 @contextmanager
@@ -274,7 +307,8 @@ def small_disk(place: Path) -> Iterator[None]:
 @contextmanager
 def clock_of(folder: Path) -> Iterator[None]:
     """Whatever is started within has the clock of a site."""
-    given = {_CLOCK: str(folder / "clock"), "PYTHONPATH": str(folder.parent / "clocks")}
+    paths = [str(folder.parent / "clocks"), os.environ.get("PYTHONPATH", "")]
+    given = {_CLOCK: str(folder / "clock"), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     before = {name: os.environ.get(name) for name in given}
     os.environ.update(given)
     try:
@@ -302,7 +336,7 @@ class Cell:
         self.folders = [site.keepers_dir / self.instance_id for site in here.machines]
         """Of the keepers."""
         self.view = View(self.folders[source], self.folders[1 - source])
-        self.view.most_copied = dice.randrange(2_000, 400_000)
+        self.view.most_copied = dice.randrange(2_000, 500_000)
 
     def hold(self) -> dict[str, Any]:
         """Begin, and come to where the step is held; the operation."""

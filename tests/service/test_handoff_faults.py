@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 
+from cloudlet.control.site import Site
+from cloudlet.hypervisor.driver import Instance
+from cloudlet.hypervisor.fake.driver import FakeHypervisor
+from cloudlet.model import PublishedPort
+from cloudlet.overlay.pagemap import PageMap
+from cloudlet.overlay.pages import PageSource, runs_of
+from cloudlet.settings import Settings
 from tests.service.conftest import Made
-from tests.service.handoff_faults import CELLS, NAMES, Fault, Step, World, run_cell, world
+from tests.service.handoff_faults import CELLS, NAMES, Fault, Step, Worlds, run_cell
+from tests.service.watching import Observer, User, guests_below
 
 SEED = int(os.environ.get("CLOUDLET_FAULTS_SEED", "19"))
 COUNT = int(os.environ.get("CLOUDLET_FAULTS", "12"))
@@ -24,32 +33,60 @@ def sample() -> list[tuple[Step, Fault]]:
     return (firsts + [cell for cell in shuffled if cell not in firsts])[:COUNT]
 
 
-class Worlds:
-    """The two sites; others where something was not as it had to be."""
-
-    def __init__(self, factory: pytest.TempPathFactory, made: Made, hashed: str) -> None:
-        self._factory, self._made, self._hashed = factory, made, hashed
-        self._stack = ExitStack()
-        self._world: World | None = None
-
-    def get(self) -> World:
-        if not self._world:
-            folder = self._factory.mktemp("faults")
-            self._world = self._stack.enter_context(world(folder, self._made, self._hashed))
-        return self._world
-
-    def forget(self) -> None:
-        self._world = None
-        self._stack.close()
-
-
 @pytest.fixture(scope="module")
 def worlds(made: Made, hashed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
     if os.geteuid() != 0:
         pytest.skip("only root can make a small file system")
-    found = Worlds(tmp_path_factory, made, hashed)
-    yield found
-    found.forget()
+    with Worlds(tmp_path_factory.mktemp("faults"), made, hashed) as found:
+        yield found
+
+
+@contextmanager
+def machines(folder: Path, made: Made, count: int) -> Iterator[list[Instance]]:
+    """So many fake machines of one base, below a folder; they run."""
+    site = Site.open(Settings(made.cache, folder / "state", made.keys, hypervisor="fake"))
+    base = site.bases.get(made.base_id).image()
+    nothing = runs_of(PageSource.empty().numbers)
+    with ExitStack() as stack:
+        found = []
+        for number in range(count):
+            place = folder / str(number)
+            hypervisor = FakeHypervisor(Settings(place, place, place, hypervisor="fake"))
+            incoming = hypervisor.resume(base, [PublishedPort(8080)])
+            stack.callback(incoming.abort)
+            incoming.begin(PageMap(nothing, nothing))
+            incoming.finish(base.device_state.read_bytes())
+            found.append(incoming.instance)
+        yield found
+
+
+def test_who_watches_sees_two_that_run(made: Made, tmp_path: Path) -> None:
+    with machines(tmp_path, made, 2) as (first, second):
+        guests = guests_below(tmp_path)
+        assert {guest.folder for guest in guests} == {first.directory, second.directory}
+        assert guests_below(tmp_path / "0") == [guest for guest in guests if guest.folder == first.directory]
+        second.pause()
+        observer = Observer(tmp_path)
+        observer.look(guests)
+        assert not observer.ran_twice
+        second.resume()
+        observer.look(guests)
+        assert observer.ran_twice
+
+
+def test_a_user_notices_a_copy_and_what_was_lost(made: Made, tmp_path: Path) -> None:
+    with machines(tmp_path, made, 1):
+        (guest,) = guests_below(tmp_path)
+        user = User(tmp_path)
+        user.begin()
+        assert user.counts_on(guest)
+        assert (user.problems, user.verify(guest)) == ([], [])
+        (space, page), _ = user.written.popitem()
+        user.written[space, page] = -1
+        assert user.verify(guest) == [f"page {page} of the {space} is not as it was written"]
+        user.counted += 3
+        user.counts_on(guest)
+        assert "the guest counted" in user.problems[0]
 
 
 @pytest.mark.parametrize(("step", "fault"), sample(), ids=lambda value: value.name.replace(" ", "-"))

@@ -28,8 +28,8 @@ _LOOK_SECONDS = 0.004
 _SCAN_SECONDS = 0.03
 _ANSWER_SECONDS = 0.4
 _FILES = {"ram": "ram", "disk": "disk.raw"}
-_PAGES = range(512, 812)
-"""Those that the user writes."""
+_PAGES = range(512, 712)
+"""Those that the user writes, again and again."""
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,15 @@ class User:
         self._next = 0
         self._unknown: set[tuple[str, int]] = set()
 
-    def begin(self, pages: int) -> None:
-        """Begin with a new guest, and write so many pages in its memory, and some on its disk."""
+    def begin(self) -> None:
+        """Begin with a new guest: write all pages once, so that its files need no more room from then on."""
         with self._using:
             self.counted = self._next = 0
             self.written.clear()
             self._unknown.clear()
             self.problems.clear()
             ((port,),) = [guest.ports() for guest in guests_below(self._folder)]
-            for _ in range(pages):
+            for _ in _PAGES:
                 self._write(port)
 
     def run(self, ended: threading.Event) -> None:

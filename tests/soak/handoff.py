@@ -1,7 +1,7 @@
 """The fault matrix of the hand-off, all of it and both ways, and its model in large numbers.
 
-The matrix is on the fake driver, with real sites, keepers and processes (``tests/service/handoff_faults.py``);
-the model (``tests/unit/control/handoff_model.py``) plans faults message by message.
+The matrix (``tests/service/handoff_faults.py``) is on the fake driver, with real processes; the
+model (``tests/unit/control/handoff_model.py``) plans faults message by message.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import requests
 
 from cloudlet.api.identity import hash_of
-from tests.service.conftest import PASSWORD, Made, make
-from tests.service.handoff_faults import CELLS, FAULTS, STEPS, Fault, Step, World, run_cell, world
+from tests.service.conftest import PASSWORD, make
+from tests.service.handoff_faults import CELLS, FAULTS, STEPS, Fault, Step, Worlds, run_cell
 
 if TYPE_CHECKING:
     from tests.soak.__main__ import Soak
@@ -37,22 +36,23 @@ def fault_matrix(soak: Soak) -> None:
     """Each step with each fault, from either site to the other; a row for each step."""
     with tempfile.TemporaryDirectory(prefix="cloudlet-soak-handoff-") as temporary:
         folder = Path(temporary)
-        worlds = _Worlds(folder, make(folder / "made"), hash_of(PASSWORD))
-        try:
+        with Worlds(folder / "worlds", make(folder / "made"), hash_of(PASSWORD)) as worlds:
             for step in STEPS:
-                ways = [(one, fault, source) for one, fault in CELLS for source in (0, 1) if one is step]
-                dice = soak.dice(f"handoff {step.name}")
-                dice.shuffle(ways)
+                _every_fault(soak, worlds, step)
 
-                def tries(count: int, ways: list[Way] = ways, dice: random.Random = dice) -> Iterator[str]:
-                    yield from _in_turn(worlds, ways[:count], dice)
 
-                soak.row(
-                    f"hand-off at `{step.name}`: {len(ways) // 2} of {len(FAULTS)} faults, both ways",
-                    "one copy, none lost, both sites agree", len(ways), tries,
-                )  # fmt: skip
-        finally:
-            worlds.close()
+def _every_fault(soak: Soak, worlds: Worlds, step: Step) -> None:
+    dice = soak.dice(f"handoff {step.name}")
+    ways = [(one, fault, source) for one, fault in CELLS for source in (0, 1) if one is step]
+    dice.shuffle(ways)
+
+    def tries(count: int) -> Iterator[str]:
+        yield from _in_turn(worlds, ways[:count], dice)
+
+    soak.row(
+        f"hand-off at `{step.name}`: {len(ways) // 2} of {len(FAULTS)} faults, both ways",
+        "one copy, none lost, both sites agree", len(ways), tries,
+    )  # fmt: skip
 
 
 def model(soak: Soak) -> None:
@@ -71,33 +71,7 @@ def model(soak: Soak) -> None:
     soak.row("hand-offs of the model, up to three faults in each", "one copy, none lost", MODEL_RUNS, tries)
 
 
-class _Worlds:
-    """The two sites; others after something was not as it had to be."""
-
-    def __init__(self, folder: Path, made: Made, hashed: str) -> None:
-        self._folder, self._made, self._hashed = folder, made, hashed
-        self._stack = ExitStack()
-        self._count = 0
-        self._world: World | None = None
-
-    def get(self) -> World:
-        if self._world is None:
-            self._count += 1
-            place = self._folder / f"{self._count}"
-            place.mkdir()
-            self._world = self._stack.enter_context(world(place, self._made, self._hashed))
-        return self._world
-
-    def at(self) -> int | None:
-        """At which site the instance is, if there is one."""
-        return self._world.at if self._world and self._world.instance else None
-
-    def close(self) -> None:
-        self._world = None
-        self._stack.close()
-
-
-def _in_turn(worlds: _Worlds, ways: list[Way], dice: random.Random) -> Iterator[str]:
+def _in_turn(worlds: Worlds, ways: list[Way], dice: random.Random) -> Iterator[str]:
     """Play cells; of those that are left the next is one from where the instance is, if there is any."""
     left = list(ways)
     while left:
@@ -111,6 +85,6 @@ def _in_turn(worlds: _Worlds, ways: list[Way], dice: random.Random) -> Iterator[
         yield from (f"{name}: {problem}" for problem in problems)
         if problems:
             try:
-                worlds.close()
+                worlds.forget()
             except AssertionError as error:
                 yield f"{name}: what was left could not be ended: {error}"

@@ -21,8 +21,10 @@ _REQUESTS = 2
 _BATCH_SECONDS = 0.1
 """A batch is about what the link carries in this time."""
 _SMALLEST_BATCH, _LARGEST_BATCH = 64 << 10, 1 << 20
-_WAITING_BYTES = 6 << 20
-"""Of records, before they are compressed, that wait to be sent or acknowledged."""
+WAITING_BYTES = 6 << 20
+_TAKES = ("receiving", "loaded", "filling")
+"""What a peer is that may take more records."""
+_HAS_ALL = "running"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 _DAMAGED_TRIES = 3
 _LOOK_SECONDS = 0.5
@@ -57,6 +59,13 @@ class Peer(Protocol):
     def drop(self) -> PeerState:
         """Have it give up the copy."""
 
+    def wanted(self, after: int, wait: float) -> PeerState:
+        """Which missing pages its guest has waited for since the question that gave ``after``.
+
+        It answers when there is one, when it is something else, or after ``wait`` seconds: what else it says is
+        ``missing`` (how many), ``wanted`` (their numbers) and ``wanted_after``.
+        """
+
 
 @dataclass(slots=True)
 class _Waiting:
@@ -86,6 +95,9 @@ class Courier:
         :param limit: bytes per second at most; 0: as many as the link carries.
         """
         self.limit = limit
+        self.patience = patience
+        self.most_waiting = WAITING_BYTES
+        """Bytes of records, before they are compressed, that wait to be sent or acknowledged."""
         self.sent = 0
         """Bytes that were acknowledged."""
         self.busy = 0.0
@@ -96,7 +108,6 @@ class Courier:
         """What the peer said last."""
         self._peer = peer
         self._stopped = stopped
-        self._patience = patience
         self._changed = threading.Condition()
         self._waiting: deque[_Waiting] = deque()
         self._bytes = 0
@@ -131,11 +142,16 @@ class Courier:
         """
         with self._changed:
             began = time.monotonic()
-            self._wait(lambda: self._bytes < _WAITING_BYTES)
+            self._wait(lambda: self._bytes < self.most_waiting)
             self.held += time.monotonic() - began
             self._waiting.append(_Waiting(record, size))
             self._bytes += size
             self._changed.notify_all()
+
+    def wait_for_room(self) -> None:
+        """Wait until a record can be put at once; as :meth:`put`, for who chooses then which one."""
+        with self._changed:
+            self._wait(lambda: self._bytes < self.most_waiting)
 
     def flush(self) -> PeerState:
         """Wait until the peer has loaded all; what it says then.
@@ -207,21 +223,21 @@ class Courier:
 
     def _sent(self, batch: _Batch) -> PeerState | None:
         """Send a batch until it is loaded; None if nobody wants it any more."""
-        until, pause, damaged = time.monotonic() + self._patience, _FIRST_PAUSE, 0
+        began, pause, damaged = time.monotonic(), _FIRST_PAUSE, 0
         while not (self._closed or self._error or self._stopped.is_set()):
             try:
                 answer = self._peer.records(batch.first, batch.body)
             except UnreachableError as error:
-                if time.monotonic() > until:
+                if time.monotonic() > began + self.patience:
                     raise FailedError(f"the peer does not answer: {error.message}") from error
             except IntegrityError:
                 damaged += 1
                 if damaged == _DAMAGED_TRIES:
                     raise
             else:
-                if answer.records >= batch.first + batch.count:
+                if answer.records >= batch.first + batch.count or answer.state == _HAS_ALL:
                     return answer
-                if answer.state != "receiving":
+                if answer.state not in _TAKES:
                     raise FailedError(f"the peer has given up: {answer.reason or answer.state}")
             self._stopped.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)

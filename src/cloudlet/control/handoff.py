@@ -11,6 +11,7 @@ protocol, and what each end does when the other is silent, is ``docs/formats/han
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -25,7 +26,8 @@ import numpy as np
 
 from cloudlet.control.courier import Courier, Peer, PeerState, answered
 from cloudlet.control.ownership import Ownership, OwnershipFile
-from cloudlet.control.pace import Forecast, Pace, Round, Terms
+from cloudlet.control.pace import GUESSED_RATE, Forecast, Pace, Round, Terms
+from cloudlet.control.serving import Serving
 from cloudlet.errors import CloudletError, ConflictError, FailedError, of_the_system
 from cloudlet.hypervisor.driver import Instance, Receiving, Rounds, RunState
 from cloudlet.model import PAGE_BYTES
@@ -34,7 +36,7 @@ from cloudlet.overlay.known import KnownPages
 from cloudlet.overlay.limits import FRAME_PAGES
 from cloudlet.overlay.pages import Numbers, Rows, Space
 from cloudlet.overlay.records import Record, RecordKind, read_record
-from cloudlet.overlay.rounds import RoundReader, RoundWriter, pack
+from cloudlet.overlay.rounds import Ended, Left, RoundReader, RoundWriter, pack
 
 DOUBT_SECONDS = 10.0
 """So long a side waits for the other's word before it says that it is in doubt."""
@@ -55,7 +57,9 @@ class Progress:
     bytes_sent: int = 0
     forecast: Forecast | None = None
     in_doubt: bool = False
-    """Whether it waits for the peer's word, with the machine standing still."""
+    """Whether it waits for the peer's word, or an operator's, with the machine standing still."""
+    error: str = ""
+    """Why it waits for an operator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,14 @@ class Statistics:
     """Of the compression, at last."""
     rate: float | None = None
     """Bytes per second that the link carried."""
+    early: bool = False
+    """Whether it switched before all memory was at the target."""
+    missing_pages: int = 0
+    """How many were missing then."""
+    wanted_pages: int = 0
+    """How many of these the guest has waited for."""
+    serving_seconds: float = 0.0
+    """From the stop until the last of them was there."""
 
 
 class Departure:
@@ -115,6 +127,9 @@ class Departure:
         self._stopped = threading.Event()
         self._deciding = threading.Lock()
         self._keep = False
+        self._word: Ownership | None = None
+        """What an operator wants it to become while pages are missing at the target."""
+        self._serving: Serving | None = None
         self._stood_at = 0.0
 
     @property
@@ -134,8 +149,10 @@ class Departure:
         assert self._parcel
         try:
             with self._sending(self._parcel) as sender:
-                self._copy(sender)
-                self._switch(sender)
+                if self._copy(sender):
+                    self._switch_early(sender)
+                else:
+                    self._switch(sender)
         except BaseException as error:
             self.revert(_reason_of(error))
             if self.state is Ownership.REVERTED:
@@ -145,7 +162,7 @@ class Departure:
     def conclude(self) -> Ownership:
         """Bring it to its end from what is written down; wait for the peer's word as long as that takes.
 
-        :raises CloudletError: it was reverted.
+        :raises CloudletError: it was reverted, or lost.
         """
         if self.state in (Ownership.COPYING, Ownership.SWITCHING):
             self._conclude_without_machine()
@@ -157,8 +174,10 @@ class Departure:
                     self._revert("its operator kept it")
                 elif answer and answer.state == Ownership.RUNNING:
                     self._ownership.become(Ownership.COMPLETED, told=answer.told or {})
-                    if self._stood_at:
-                        self.statistics.pause_seconds = round(time.monotonic() - self._stood_at, 4)
+                    self._note_pause()
+                elif answer and answer.state in (Ownership.FILLING, Ownership.LOST):
+                    self._ownership.become(Ownership.SERVING, told=answer.told or {})
+                    self._note_pause()
                 elif answer and answer.state == Ownership.DROPPED:
                     self._revert(f"it was lost at the target before it ran there: {answer.reason}")
                 else:
@@ -167,9 +186,13 @@ class Departure:
                 self._stopped.wait(wait)
                 self._stopped.clear()
                 wait = min(2 * wait, _LONGEST_WAIT)
+        if self.state is Ownership.SERVING:
+            self._serve()
         self._tell()
         if self.state is Ownership.REVERTED:
             raise FailedError(f"the instance stays here: {self._ownership.record.reason}")
+        if self.state is Ownership.LOST:
+            raise FailedError(f"the instance is lost: {self._ownership.record.reason}")
         return self.state
 
     def cancel(self) -> None:
@@ -178,7 +201,7 @@ class Departure:
         :raises ConflictError: it is given away already.
         """
         with self._deciding:
-            if self.state in (Ownership.COMMITTED, Ownership.COMPLETED):
+            if self.state not in (Ownership.COPYING, Ownership.SWITCHING, Ownership.REVERTED):
                 raise ConflictError("the instance is at its target already, or about to be")
             self._stopped.set()
 
@@ -193,6 +216,29 @@ class Departure:
             self._keep = True
             self._stopped.set()
 
+    def resume_as_of_switch(self) -> None:
+        """An operator's word: it goes on here as it was at the switch; what it did at the target is undone.
+
+        :raises ConflictError: it runs at the target, or there is nothing to decide.
+        """
+        self._speak(Ownership.REVERTED)
+
+    def give_up(self) -> None:
+        """An operator's word: what is kept of it here is ended.
+
+        :raises ConflictError: it runs at the target, or there is nothing to decide.
+        """
+        self._speak(Ownership.LOST)
+
+    def _speak(self, word: Ownership) -> None:
+        answer = answered(self._peer.state)
+        with self._deciding:
+            if self.state is not Ownership.SERVING:
+                raise ConflictError(f"the hand-off is {self.state}: there is nothing to decide")
+            if answer and answer.state in (Ownership.LOADED, Ownership.FILLING, Ownership.RUNNING):
+                raise ConflictError("the instance runs at its target", hint="wait until its memory is there")
+            self._word = word
+
     def revert(self, reason: str) -> None:
         """The machine goes on here; unless it is given away."""
         while self.state in (Ownership.COPYING, Ownership.SWITCHING):
@@ -205,8 +251,8 @@ class Departure:
         if self.state is Ownership.REVERTED:
             answered(self._peer.drop)
 
-    def _revert(self, reason: str) -> None:
-        self._ownership.become(Ownership.REVERTED, reason=reason)
+    def _revert(self, reason: str, *, as_of_switch: bool = False) -> None:
+        self._ownership.become(Ownership.REVERTED, reason=reason, as_of_switch=as_of_switch)
         if self._parcel:
             with suppress(CloudletError):  # it is gone: whoever keeps it sees that too
                 if not self._ownership.record.paused:
@@ -219,7 +265,9 @@ class Departure:
         while self.state is Ownership.SWITCHING:
             answer = answered(self._peer.state)
             with self._deciding, suppress(OSError):
-                if answer and answer.state == Ownership.LOADED and not self._keep:
+                loaded = answer and answer.state == Ownership.LOADED
+                # What was switched early is not whole at the target, and never will be.
+                if loaded and not self._keep and not self._ownership.record.early:
                     self._ownership.become(Ownership.COMMITTED)
                 elif answer or self._keep:
                     self._ownership.become(Ownership.REVERTED, reason="its machine ended")
@@ -243,13 +291,15 @@ class Departure:
                     limit=terms.bytes_per_second,
                 ) as courier,
             ):
-                writer = RoundWriter(parcel.known, parcel.index, parcel.seed)
+                writer = RoundWriter(parcel.known, parcel.index, parcel.seed, leaves=terms.early)
                 yield _Sender(rounds, writer, courier, workers, self._pace)
         finally:
             rounds.close()
 
-    def _copy(self, sender: _Sender) -> None:
-        """Send rounds while the machine runs, until what is left fits."""
+    def _copy(self, sender: _Sender) -> bool:
+        """Send rounds while the machine runs, until what is left fits, or as long as there is time; whether it
+        does not fit and is to be sent after the switch.
+        """
         self._tell(self._pace.begun(*sender.count()))
         while True:
             done = sender.round()
@@ -257,27 +307,72 @@ class Departure:
             self._pace.ended(replace(done, bytes=sender.courier.sent - self.statistics.bytes))
             self.statistics.bytes = sender.courier.sent
             self.statistics.rounds = done.number
-            at_last = self._pace.forecast(*sender.count())
+            sender.rounds.pass_over_layer()
+            counted = sender.count()
+            at_last = self._pace.forecast(*counted)
             self._tell(at_last)
             if self._stopped.is_set():
                 raise FailedError("the hand-off was cancelled")
             if self._pace.switches(at_last):
+                if early := self._pace.leaves(at_last):
+                    at_last = self._pace.early(*counted)
                 self.statistics.forecast_pause_seconds = at_last.pause_seconds
-                return
+                return early
 
     def _switch(self, sender: _Sender) -> None:
         """The machine stands still, the rest goes over, both ends have the same: then it is given away."""
         assert self._parcel
         instance = self._parcel.instance
-        self._ownership.become(Ownership.SWITCHING)
-        self._tell()
-        self._stood_at = time.monotonic()
-        instance.hold_connections(True)
-        device_state, _ = sender.rounds.settle()
+        device_state = self._stop(sender)
         sender.round()
         full = instance.digest() if self._terms.verify_full else bytes(32)
         sender.end(device_state, full)
-        answer = sender.courier.flush()
+        self._give_away(sender.courier.flush(), sender)
+
+    def _switch_early(self, sender: _Sender) -> None:
+        """The machine stands still, and is given away before its memory has gone over, which follows."""
+        device_state = self._stop(sender, early=True)
+        left = sender.leave()
+        sender.end(device_state, bytes(32))
+        self.statistics.early, self.statistics.missing_pages = True, left.numbers.size
+
+        def end() -> None:
+            sender.put_end(device_state)
+
+        with Serving(self._peer, sender.courier, left, sender.bring, end) as serving:
+            try:
+                self._give_away(self._loaded(serving), sender)
+                sender.courier.patience = math.inf
+                self._serving = serving
+                self.conclude()
+            finally:
+                self._serving = None
+                self._stopped.set()
+                self.statistics.bytes = sender.courier.sent
+
+    def _stop(self, sender: _Sender, *, early: bool = False) -> bytes:
+        """The machine stands still; its device state."""
+        assert self._parcel
+        self._ownership.become(Ownership.SWITCHING, early=early)
+        self._tell()
+        self._stood_at = time.monotonic()
+        self._parcel.instance.hold_connections(True)
+        device_state, _ = sender.rounds.settle()
+        return device_state
+
+    def _loaded(self, serving: Serving) -> PeerState:
+        """What the target says when it has loaded the machine, or has given up."""
+        while True:
+            answer = serving.hear(_LOOK_SECONDS)
+            if answer and answer.state != Ownership.RECEIVING:
+                return answer
+            if serving.error:
+                raise serving.error
+            if self._stopped.is_set():
+                raise FailedError("the hand-off was cancelled")
+
+    def _give_away(self, answer: PeerState, sender: _Sender) -> None:
+        """The target has loaded it: it is the target's."""
         self.statistics.bytes = sender.courier.sent
         self.statistics.seconds = round(self._pace.elapsed, 3)
         self.statistics.private_bytes = sender.looked * PAGE_BYTES
@@ -290,9 +385,52 @@ class Departure:
                 raise FailedError("the hand-off was cancelled")
             self._ownership.become(Ownership.COMMITTED)
 
-    def _tell(self, forecast: Forecast | None = None, *, in_doubt: bool = False) -> None:
+    def _serve(self) -> None:
+        """Wait until the target has all of it; where that cannot be, until an operator speaks."""
+        heard, lost = time.monotonic(), ""
+        while self.state is Ownership.SERVING:
+            answer = self._hear()
+            heard = time.monotonic() if answer else heard
+            if answer and answer.state in (Ownership.LOST, Ownership.DROPPED, "unknown"):
+                lost = answer.reason or "it is gone at the target"
+            with self._deciding, suppress(OSError):  # it cannot be written down: it is looked at again
+                if answer and answer.state == Ownership.RUNNING:
+                    self._ownership.become(Ownership.COMPLETED)
+                elif self._word is Ownership.REVERTED:
+                    self._revert("an operator resumed it as of the switch", as_of_switch=True)
+                elif self._word or (lost and not self._stands_here()):
+                    self._ownership.become(Ownership.LOST, reason=lost or "an operator gave it up")
+            silent = time.monotonic() - heard > DOUBT_SECONDS
+            self._tell(self._left_to_serve(), in_doubt=bool(lost) or silent, error=lost)
+        if self._stood_at:
+            self.statistics.serving_seconds = round(time.monotonic() - self._stood_at, 3)
+
+    def _hear(self) -> PeerState | None:
+        """What the target says now; None if it says nothing."""
+        if self._serving:
+            self.statistics.wanted_pages = self._serving.asked
+            return self._serving.hear(_LOOK_SECONDS)
+        self._stopped.wait(_LONGEST_WAIT)
+        return answered(self._peer.state)
+
+    def _stands_here(self) -> bool:
+        """Whether the machine is here still, as it was at the switch."""
+        return self._parcel is not None and not self._parcel.instance.wait(0)
+
+    def _left_to_serve(self) -> Forecast | None:
+        if not self._serving:
+            return None
+        left = int(self._serving.missing * self._pace.page_bytes())
+        seconds = left / (self.statistics.rate or GUESSED_RATE)
+        return Forecast(round(seconds, 3), left, 0.0, can_be_lost=True)
+
+    def _note_pause(self) -> None:
+        if self._stood_at:
+            self.statistics.pause_seconds = round(time.monotonic() - self._stood_at, 4)
+
+    def _tell(self, forecast: Forecast | None = None, *, in_doubt: bool = False, error: str = "") -> None:
         statistics = self.statistics
-        self._told(Progress(self.state, statistics.rounds, statistics.bytes, forecast, in_doubt))
+        self._told(Progress(self.state, statistics.rounds, statistics.bytes, forecast, in_doubt, error))
 
 
 @dataclass(slots=True)
@@ -330,10 +468,40 @@ class _Sender:
             changed += self.writer.count(space, numbers, rows)
         return looked, changed
 
-    def end(self, device_state: bytes, full: bytes) -> None:
-        records = self.writer.device_records(device_state)
-        for record in (*records, self.writer.end_record(device_state, full)):
+    def leave(self) -> Left:
+        """The last look before an early switch: blocks of the disk are sent, of RAM only which pages come later."""
+        self.number += 1
+        parts, self.looked = [], 0
+        for space, numbers, rows in self._pages():
+            self.looked += numbers.size
+            if space is Space.RAM:
+                parts.append(self.writer.leave(numbers, rows))
+            else:
+                self.writer.look(space, numbers, rows)
+                self._put_payloads()
+        left = Left.of(parts)
+        ended = self.writer.end_round(self.number)
+        self._put_payloads()
+        if left.numbers.size:
+            ended.append(self.writer.missing_record(left))
+        for record in ended:
             self._put_record(record.encode())
+        return left
+
+    def bring(self, numbers: Numbers) -> None:
+        """Have pages sent that were left."""
+        rows: Rows = np.empty((numbers.size, PAGE_BYTES), np.uint8)
+        self.rounds.read(Space.RAM, numbers, rows)
+        self.writer.bring(numbers, rows)
+        self._put_payloads()
+
+    def end(self, device_state: bytes, full: bytes) -> None:
+        for record in self.writer.device_records(device_state):
+            self._put_record(record.encode())
+        self.put_end(device_state, full)
+
+    def put_end(self, device_state: bytes, full: bytes = bytes(32)) -> None:
+        self._put_record(self.writer.end_record(device_state, full).encode())
 
     def _pages(self) -> Iterator[tuple[Space, Numbers, Rows]]:
         room: Rows = np.empty((FRAME_PAGES, PAGE_BYTES), np.uint8)
@@ -388,6 +556,11 @@ class Arrival:
     def reason(self) -> str:
         return self._ownership.record.reason
 
+    @property
+    def takes_records(self) -> bool:
+        """Whether more of it may come."""
+        return self.state is Ownership.RECEIVING
+
     def records(self, first: int, body: bytes) -> None:
         """Load whole records, of which the first has the number ``first``; those known are passed over.
 
@@ -395,11 +568,9 @@ class Arrival:
         :raises IntegrityError: they are damaged, or what they make is not what the source has.
         """
         with self._changed:
-            self._changed.wait_for(
-                lambda: self.count >= first or self.state is not Ownership.RECEIVING, _TURN_SECONDS
-            )
+            self._changed.wait_for(lambda: self.count >= first or not self.takes_records, _TURN_SECONDS)
         with self._loading:
-            if self.state is not Ownership.RECEIVING:
+            if not self.takes_records:
                 return
             if self.count < first:
                 raise ConflictError(f"records {self.count} to {first - 1} have not come")
@@ -476,7 +647,7 @@ class Arrival:
         :raises ConflictError: it runs.
         """
         with self._loading:
-            if self.state is Ownership.RUNNING:
+            if self.state in (Ownership.RUNNING, Ownership.FILLING):
                 raise ConflictError("the instance runs here")
             self._drop(reason)
         with self._changed:
@@ -504,13 +675,17 @@ class Arrival:
         try:
             ended = self._reader.take(record)
             assert ended
-            self._receiving.load(ended.device_state)
-            if any(ended.full) and self._receiving.instance.digest() != ended.full:
-                raise FailedError("the whole memory or disk differs from the source's")
+            self._end(ended)
         except CloudletError as error:
             # To send it again would change nothing.
             self._drop(error.message)
             raise
+
+    def _end(self, ended: Ended) -> None:
+        """All has come."""
+        self._receiving.load(ended.device_state)
+        if any(ended.full) and self._receiving.instance.digest() != ended.full:
+            raise FailedError("the whole memory or disk differs from the source's")
         self._ownership.become(Ownership.LOADED)
 
 

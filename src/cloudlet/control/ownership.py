@@ -25,13 +25,20 @@ class Ownership(StrEnum):
     COPYING = "copying"
     SWITCHING = "switching"
     COMMITTED = "committed"
+    SERVING = "serving"
+    """It runs at the target, and some of its memory is only here."""
     COMPLETED = "completed"
     REVERTED = "reverted"
 
     RECEIVING = "receiving"
     LOADED = "loaded"
+    FILLING = "filling"
+    """It runs, and some of its memory is only at the source."""
     RUNNING = "running"
     DROPPED = "dropped"
+
+    LOST = "lost"
+    """At either end: it ended at the target before all of its memory was there."""
 
     @property
     def ended(self) -> bool:
@@ -43,13 +50,17 @@ _FOLLOWS: Mapping[Ownership, frozenset[Ownership]] = {
     Ownership.COPYING: frozenset({Ownership.SWITCHING, Ownership.REVERTED}),
     Ownership.SWITCHING: frozenset({Ownership.COMMITTED, Ownership.REVERTED}),
     # Reverted only if the target says that it never ran there, or by an operator's command.
-    Ownership.COMMITTED: frozenset({Ownership.COMPLETED, Ownership.REVERTED}),
+    Ownership.COMMITTED: frozenset({Ownership.COMPLETED, Ownership.REVERTED, Ownership.SERVING}),
+    # Reverted or lost only by an operator's command, or where there is nothing left to decide.
+    Ownership.SERVING: frozenset({Ownership.COMPLETED, Ownership.REVERTED, Ownership.LOST}),
     Ownership.COMPLETED: frozenset(),
     Ownership.REVERTED: frozenset(),
     Ownership.RECEIVING: frozenset({Ownership.LOADED, Ownership.DROPPED}),
-    Ownership.LOADED: frozenset({Ownership.RUNNING, Ownership.DROPPED}),
+    Ownership.LOADED: frozenset({Ownership.RUNNING, Ownership.FILLING, Ownership.DROPPED}),
+    Ownership.FILLING: frozenset({Ownership.RUNNING, Ownership.LOST}),
     Ownership.RUNNING: frozenset(),
     Ownership.DROPPED: frozenset(),
+    Ownership.LOST: frozenset(),
 }
 
 
@@ -66,6 +77,10 @@ class Record:
     """Whether its user had paused the instance before: it is paused again wherever it ends up."""
     reason: str = ""
     """Why it came to nothing, if it did."""
+    early: bool = False
+    """Whether it switched before all memory was at the target."""
+    as_of_switch: bool = False
+    """Whether it was reverted after it had run at the target: its epoch there is not its last one."""
     told: Mapping[str, Any] = field(default_factory=dict)
     """What the other end said at last: where the instance is reached there."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 LEVELS = (1, 3, 6, 9)
@@ -22,6 +23,10 @@ _PER_LOOKED_PAGE = 1.4e-6
 """Seconds to look at one page in the pause: about 35 ms for 100 MiB (measured)."""
 GUESSED_RATE = 12.5e6
 """Bytes per second of a link of which nothing is known: 100 Mbit/s."""
+_LISTED_PAGE_BYTES = 1.0
+"""What it takes to say that a page comes later."""
+_PROGRESS, _WITHOUT_PROGRESS = 0.85, 2
+"""A round that sends more than this share of the one before has brought nothing; so many in a row are enough."""
 GUESSED_PAGE_BYTES = 1500.0
 """What a changed page takes on the wire, before it is known."""
 
@@ -33,6 +38,8 @@ class Forecast:
     seconds: float
     bytes: int
     pause_seconds: float
+    can_be_lost: bool = False
+    """Whether the instance runs, or is about to run, where not all of its memory is."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,6 +59,8 @@ class Terms:
     """At most; 0: as many as the link carries."""
     verify_full: bool = False
     """Whether all memory is compared before the switch, and not only what was sent."""
+    early: bool = False
+    """Whether it may switch before all memory is there, if the pause cannot be short otherwise."""
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Terms:
@@ -143,9 +152,28 @@ class Pace:
         whole, at_last = self.forecast(looked, changed), self.forecast(looked, changed // 100)
         return replace(at_last, seconds=round(whole.seconds + at_last.seconds, 3), bytes=whole.bytes)
 
+    def early(self, looked: int, changed: int) -> Forecast:
+        """What is left, if the machine switched early now; as :meth:`forecast`."""
+        whole, listed = self.forecast(looked, changed), int(changed * _LISTED_PAGE_BYTES)
+        pause = _FIXED_PAUSE + looked * _PER_LOOKED_PAGE + listed / self._rate
+        return replace(whole, pause_seconds=round(pause, 3), can_be_lost=True)
+
+    def leaves(self, at_last: Forecast) -> bool:
+        """Whether a switch now would be an early one."""
+        return self.terms.early and at_last.pause_seconds > self.terms.pause_seconds
+
     def switches(self, at_last: Forecast) -> bool:
-        """Whether to switch now: what is left fits, or another round would miss the deadline."""
+        """Whether to switch now: what is left fits, or another round would miss the deadline or bring nothing."""
         if at_last.pause_seconds <= self.terms.pause_seconds:
+            return True
+        if self.terms.early and self._stands():
             return True
         # Another round takes about as long as this pause would, and leaves as much again.
         return self.elapsed + 2 * at_last.pause_seconds > self.terms.deadline_seconds
+
+    def _stands(self) -> bool:
+        """Whether the last rounds have brought nothing: the guest changes as much as the link carries."""
+        last = [done.bytes for done in self.rounds[-_WITHOUT_PROGRESS - 1 :]]
+        return len(last) > _WITHOUT_PROGRESS and all(
+            after > _PROGRESS * before for before, after in pairwise(last)
+        )

@@ -151,6 +151,9 @@ class Rounds(Protocol):
         :raises FailedError: the machine is gone.
         """
 
+    def pass_over_layer(self) -> None:
+        """Hold no longer what only the layer brings: it was looked at, and does not change."""
+
     def settle(self) -> tuple[bytes, Sections]:
         """Have the machine stand still, which it may do already: its device state and the sections of that.
 

@@ -5,23 +5,25 @@ from __future__ import annotations
 import base64
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cloudlet.control import identity
+from cloudlet.control.filling import EarlyArrival, WantedPages
 from cloudlet.control.handoff import Arrival
 from cloudlet.control.ownership import Ownership, OwnershipFile, Record
 from cloudlet.control.site import Site
 from cloudlet.control.start import Choice, Start
 from cloudlet.control.synthesis import Started, Synthesised, Timings
 from cloudlet.errors import CloudletError, ConflictError, FailedError, NotFoundError
-from cloudlet.hypervisor.driver import Layer
+from cloudlet.hypervisor.driver import Layer, Receiving
 from cloudlet.keeper.control import Control, Progress
 from cloudlet.keeper.correspondence import HttpPeer
 from cloudlet.keeper.order import ArrivalOrder, KeeperState, Order
 from cloudlet.overlay.known import KnownPages
+from cloudlet.overlay.pages import PageBatch
 from cloudlet.overlay.root import Root
 from cloudlet.overlay.rounds import RoundReader
 from cloudlet.store.bases import Base
@@ -70,31 +72,29 @@ class Arriving:
         base = self._site.bases.get(root.base)
         with ExitStack() as stack:
             layer = self._layer(coming, root) if coming.holds == "overlay" else None
-            receiving = self._site.hypervisor.receive(
-                base.image(), order.ports, name=root.app.name, overlay_id=coming.overlay, layer=layer,
-                generation_id=coming.generation_id,
-            )  # fmt: skip
-            stack.callback(receiving.abort)
-            receiving.begin()
+            peer = HttpPeer.of(coming.peer, coming.handoff, self._site.keys)
+            stack.callback(peer.close)
+            until_whole = stack.enter_context(ExitStack())
+            receiving = self._prepare(order, root, base, layer, until_whole, stack)
             timings.mark("started")
-            with ExitStack() as until_loaded:
-                reader = self._reader(coming, base, layer, receiving.pages, until_loaded)
-                record = Record(
-                    coming.handoff, coming.instance, coming.epoch, Ownership.RECEIVING, coming.paused
-                )
-                self._arrival = Arrival(OwnershipFile(self._folder, record), receiving, reader, self._tell)
-                self._there.set()
-                self._tell(state=KeeperState.ARRIVING, endpoints=receiving.instance.endpoints)
-                peer = HttpPeer.of(coming.peer, coming.handoff, self._site.keys)
-                try:
-                    state = self._arrival.settle(peer.state, coming.patience)
-                finally:
-                    peer.close()
+            arrival = self._arrival
+            assert arrival
+            self._there.set()
+            self._tell(state=KeeperState.ARRIVING, endpoints=receiving.instance.endpoints)
+            state = arrival.settle(peer.state, coming.patience)
             if state is Ownership.DROPPED:
-                raise FailedError(f"the instance did not come: {self._arrival.reason}")
+                raise FailedError(f"the instance did not come: {arrival.reason}")
             timings.mark("resumed")
             self._control.tell(paused=coming.paused)
-            self._set_clock(receiving.instance, base)
+
+            def whole() -> None:
+                until_whole.close()
+                self._set_clock(receiving.instance, base)
+
+            if isinstance(arrival, EarlyArrival):
+                stack.enter_context(self._filled(arrival, peer, coming.patience, whole))
+            else:
+                whole()
             yield Synthesised(
                 instance=receiving.instance,
                 root=root,
@@ -106,22 +106,101 @@ class Arriving:
                 started=Started(Choice(Start.FULL, "it came from another site")),
             )
 
+    def wanted(self, message: Mapping[str, Any], _: Progress) -> dict[str, Any]:
+        """What a machine waits for that runs already."""
+        arrival = self._begun()
+        if not isinstance(arrival, EarlyArrival):
+            raise ConflictError("all of the machine comes before it runs")
+        wish = arrival.ask(int(message["after"]), float(message["wait"]))
+        return {
+            **self._answer(), "missing": wish.missing, "wanted": wish.pages, "wanted_after": wish.after,
+        }  # fmt: skip
+
+    @property
+    def filling(self) -> bool:
+        """Whether the machine runs, and some of its memory is still to come."""
+        return self._arrival is not None and self._arrival.state is Ownership.FILLING
+
+    def _prepare(
+        self,
+        order: Order,
+        root: Root,
+        base: Base,
+        layer: Layer | None,
+        until_whole: ExitStack,
+        stack: ExitStack,
+    ) -> Receiving:
+        """A machine that can be filled, and its arrival."""
+        coming = order.arrival
+        assert coming
+        known = self._known(base, layer, until_whole)
+        literals = until_whole.enter_context(tempfile.TemporaryFile(dir=self._folder))  # noqa: SIM115 (it is one)
+        record = Record(coming.handoff, coming.instance, coming.epoch, Ownership.RECEIVING, coming.paused)
+        about: dict[str, Any] = {
+            "name": root.app.name, "overlay_id": coming.overlay, "layer": layer,
+            "generation_id": coming.generation_id,
+        }  # fmt: skip
+        seed, spool = int(coming.seed, 16), literals.fileno()
+        if not coming.early:
+            receiving = self._site.hypervisor.receive(base.image(), order.ports, **about)
+            stack.callback(receiving.abort)
+            receiving.begin()
+            reader = RoundReader(known, seed, receiving.pages, spool_fd=spool)
+            self._arrival = Arrival(OwnershipFile(self._folder, record), receiving, reader, self._tell)
+            return receiving
+        wanted = WantedPages(base.machine)
+        early = self._site.hypervisor.receive_early(base.image(), wanted.want, order.ports, **about)
+        stack.callback(early.abort)
+        early.begin()
+
+        def sink(batch: PageBatch) -> None:
+            early.pages(batch)
+            wanted.came(batch)
+
+        reader = RoundReader(known, seed, sink, spool_fd=spool)
+        ownership = OwnershipFile(self._folder, record)
+        self._arrival = EarlyArrival(ownership, early, reader, wanted, self._tell)
+        return early
+
+    @contextmanager
+    def _filled(
+        self, arrival: EarlyArrival, peer: HttpPeer, patience: float, whole: Callable[[], None]
+    ) -> Iterator[None]:
+        """Watch a machine while its memory comes, beside its life.
+
+        :raises FailedError: the machine has ended since some of it did not come.
+        """
+
+        def watch() -> None:
+            arrival.watch(peer.state, patience)
+            if arrival.state is Ownership.RUNNING:
+                whole()
+
+        thread = threading.Thread(target=watch, name="filling", daemon=True)
+        thread.start()
+        try:
+            yield
+        except FailedError as error:
+            arrival.lose("its machine ended before all of its memory had come")
+            if arrival.state is Ownership.LOST:
+                raise FailedError(f"the instance is lost: {arrival.reason}") from error
+            raise
+        finally:
+            arrival.lose("it was ended before all of its memory had come")
+
     def _begun(self) -> Arrival:
         self._there.wait(30.0)
         if self._arrival is None:
             raise ConflictError("the machine cannot be filled yet")
         return self._arrival
 
-    def _reader(
-        self, coming: ArrivalOrder, base: Base, layer: Layer | None, sink: Any, stack: ExitStack
-    ) -> RoundReader:
+    def _known(self, base: Base, layer: Layer | None, stack: ExitStack) -> KnownPages:
+        """What both ends hold."""
         pages = stack.enter_context(base.pages())
-        known = KnownPages(pages)
-        if layer:
-            held = stack.enter_context(self._site.hypervisor.layer_pages(layer, base.machine))
-            known = KnownPages(pages, held, layer.overlay_id)
-        literals = stack.enter_context(tempfile.TemporaryFile(dir=self._folder))  # noqa: SIM115 (it is one)
-        return RoundReader(known, int(coming.seed, 16), sink, spool_fd=literals.fileno())
+        if not layer:
+            return KnownPages(pages)
+        held = stack.enter_context(self._site.hypervisor.layer_pages(layer, base.machine))
+        return KnownPages(pages, held, layer.overlay_id)
 
     def _layer(self, coming: ArrivalOrder, root: Root) -> Layer:
         image = self._site.images.find(coming.overlay)

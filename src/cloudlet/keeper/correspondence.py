@@ -94,6 +94,10 @@ class HttpPeer:
     def drop(self) -> PeerState:
         return self._ask("DELETE", self._path, timeout=_ASK_SECONDS)
 
+    def wanted(self, after: int, wait: float) -> PeerState:
+        query = {"after": after, "wait": int(wait)}
+        return self._ask("GET", f"{self._path}/wanted", query=query, timeout=_ASK_SECONDS + wait)
+
     def close(self) -> None:
         """End all connections, those of other threads too: nobody asks any more."""
         with self._lock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ from cloudlet.control.site import Site
 from cloudlet.control.synthesis import Synthesised
 from cloudlet.errors import CloudletError, ConflictError, NotFoundError
 from cloudlet.forwarder.moved import Forwarding
-from cloudlet.hypervisor.driver import Layer
+from cloudlet.hypervisor.driver import Layer, Listener
 from cloudlet.hypervisor.qemu.network import MAX_CONNECTIONS
 from cloudlet.keeper.control import Control, describe_any
 from cloudlet.keeper.correspondence import HttpPeer
@@ -36,9 +36,7 @@ _TOLD_SECONDS = 1.0
 class Leaving:
     """At most one departure at a time of one machine."""
 
-    def __init__(
-        self, folder: Path, site: Site, made: Synthesised, control: Control, order: Order
-    ) -> None:
+    def __init__(self, folder: Path, site: Site, made: Synthesised, control: Control, order: Order) -> None:
         self.forwarding: Forwarding | None = None
         """Who takes connections to where the machine is now, once it is."""
         self._folder = folder
@@ -62,7 +60,8 @@ class Leaving:
         """
         if self._thread:
             self._thread.join()
-        return self._departure is not None and self._departure.state is Ownership.COMPLETED
+        gone = (Ownership.COMPLETED, Ownership.LOST)
+        return self._departure is not None and self._departure.state in gone
 
     def close(self) -> None:
         """Show nobody the way any more."""
@@ -117,9 +116,26 @@ class Leaving:
 
         :raises ConflictError: there is nothing to decide.
         """
+        self._in_question().keep()
+
+    def resume_as_of_switch(self) -> None:
+        """An operator's word: the machine goes on as it was when it was switched early.
+
+        :raises ConflictError: there is nothing to decide.
+        """
+        self._in_question().resume_as_of_switch()
+
+    def give_up(self) -> None:
+        """An operator's word: what is kept of a machine that was switched early is ended.
+
+        :raises ConflictError: there is nothing to decide.
+        """
+        self._in_question().give_up()
+
+    def _in_question(self) -> Departure:
         if not self._departure or not self.busy:
             raise ConflictError("the instance is not being handed off")
-        self._departure.keep()
+        return self._departure
 
     def _begin(self, message: Mapping[str, Any]) -> None:
         record = Record(
@@ -180,32 +196,48 @@ class Leaving:
             self._left()
         except Exception as error:
             self._error = raised(describe_any(error))
+            self._came_to_nothing(departure)
         finally:
             stack.close()
             peer.close()
 
     def _left(self) -> None:
         """The machine is another site's: end what there is of it here, and show its users the way."""
-        instance = self._made.instance
+        self._told = dict(self._departure.told) if self._departure else {}
+        if not self.forwarding:
+            self._show_way(self._made.instance.take_listeners())
+        self._made.instance.stop()
+
+    def _show_way(self, listeners: Sequence[Listener]) -> None:
+        """Take the users who connect to where the machine is."""
         told = self._departure.told if self._departure else {}
         endpoints = told.get("endpoints", ())
         places = {place["guest_port"]: (place["host"], place["host_port"]) for place in endpoints}
         ways = [
             (listener, places[endpoint.guest_port])
-            for endpoint, listener in instance.take_listeners()
+            for endpoint, listener in listeners
             if endpoint.guest_port in places
         ]
-        self._told = dict(told)
         with suppress(OSError):  # an address that is none from here: then nobody is shown the way
             self.forwarding = Forwarding(ways, MAX_CONNECTIONS)
-        instance.stop()
+
+    def _came_to_nothing(self, departure: Departure) -> None:
+        """The machine goes on here, or is lost: nobody is shown the way any more."""
+        self.close()
+        self.forwarding = None
+        if departure.state is Ownership.LOST:
+            self._made.instance.stop()
 
     def _progress(self, progress: Progress) -> None:
+        if progress.state is Ownership.SERVING and not self.forwarding:
+            # What the instance holds of its sockets stays its own: it may go on here.
+            self._show_way([(port, one.dup()) for port, one in self._made.instance.listeners])
         forecast = progress.forecast.to_json() if progress.forecast else None
         self._control.tell(
             keep=progress.state is not Ownership.COPYING,
             handoff={
                 "id": self._handoff, "state": progress.state.value, "rounds": progress.rounds,
                 "bytes": progress.bytes_sent, "forecast": forecast, "in_doubt": progress.in_doubt,
+                "error": progress.error,
             },
         )  # fmt: skip

@@ -37,6 +37,8 @@ class ArrivalOrder:
     """Seconds without a word from the source until the copy is given up."""
     peer: Mapping[str, str]
     """The source, as :class:`cloudlet.keeper.correspondence.HttpPeer` needs it."""
+    early: bool = False
+    """Whether the machine may run before all of its memory is here."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,9 @@ class Keeper:
             "depart": self._depart,
             "stay": self._stay,
             "keep": self._stay_after_all,
-            **{name: self._arriving(name) for name in ("records", "commit", "drop", "take")},
+            "resume_as_of_switch": self._resume_as_of_switch,
+            "give_up": self._give_up,
+            **{name: self._arriving(name) for name in ("records", "commit", "drop", "take", "wanted")},
         }
         self._leaving: Leaving | None = None
         self._arrival: Arriving | None = None
@@ -175,10 +177,21 @@ class Keeper:
             raise ConflictError("the instance is being handed off", hint="wait for that, or cancel it")
         return self._made
 
+    def _check_whole(self) -> None:
+        """That the machine can be handed on.
+
+        :raises ConflictError: some of its memory is still at another site.
+        """
+        if self._arrival and self._arrival.filling:
+            raise ConflictError(
+                "some of the instance's memory is still to come", hint="wait until it is here"
+            )
+
     def _depart(self, message: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         """Hand the machine off; who asks again is told the same."""
         if not self._leaving:
             raise ConflictError("the machine is not here", hint="wait until it is active")
+        self._check_whole()
         return self._leaving.depart(message, progress)
 
     def _stay(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
@@ -187,14 +200,26 @@ class Keeper:
         return {}
 
     def _stay_after_all(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
+        self._departing().keep()
+        return {}
+
+    def _resume_as_of_switch(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
+        self._departing().resume_as_of_switch()
+        return {}
+
+    def _give_up(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
+        self._departing().give_up()
+        return {}
+
+    def _departing(self) -> Leaving:
         if not self._leaving:
             raise ConflictError("the machine is not here")
-        self._leaving.keep()
-        return {}
+        return self._leaving
 
     def _describe(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
         """What another site has to know of the machine, to have it."""
         self._machine()
+        self._check_whole()
         assert self._leaving
         return self._leaving.describe()
 

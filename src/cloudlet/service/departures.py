@@ -48,8 +48,10 @@ _STATES: Mapping[Ownership, HandoffState] = {
     Ownership.COPYING: HandoffState.COPYING,
     Ownership.SWITCHING: HandoffState.SWITCHING,
     Ownership.COMMITTED: HandoffState.SWITCHING,
+    Ownership.SERVING: HandoffState.SERVING,
     Ownership.COMPLETED: HandoffState.COMPLETED,
     Ownership.REVERTED: HandoffState.REVERTED,
+    Ownership.LOST: HandoffState.LOST,
 }
 
 
@@ -172,7 +174,7 @@ class Departures:
     def note(self, handoff_id: str, state: Ownership, *, in_doubt: bool = False, **more: Any) -> None:
         """Have the row say how far it is."""
         shown = HandoffState.IN_DOUBT if in_doubt else _STATES[state]
-        if shown in (HandoffState.COMPLETED, HandoffState.REVERTED):
+        if shown.ended:
             return  # said with what follows from it, in one transaction
 
         def note(connection: Connection) -> None:

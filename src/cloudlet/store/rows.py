@@ -248,13 +248,17 @@ class HandoffState(StrEnum):
     COPYING = "copying"
     SWITCHING = "switching"
     IN_DOUBT = "in_doubt"
-    """The instance stands still until the peer says whether it has it."""
+    """The instance stands still until the peer says whether it has it, or an operator what becomes of it."""
+    SERVING = "serving"
+    """The instance runs at the target, and some of its memory is still at the source."""
     COMPLETED = "completed"
     REVERTED = "reverted"
+    LOST = "lost"
+    """The instance ended at the target before all of its memory was there."""
 
     @property
     def ended(self) -> bool:
-        return self in (self.COMPLETED, self.REVERTED)
+        return self in (self.COMPLETED, self.REVERTED, self.LOST)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

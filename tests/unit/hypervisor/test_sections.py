@@ -80,10 +80,10 @@ def test_junk_is_refused(raw: bytes) -> None:
 @pytest.mark.parametrize(
     ("found", "difference"),
     [
-        ([CPU, DISK], r"lacks section timer \(instance 1, version 2\), which the base has"),
-        ([CPU, DISK, TIMER, CPU], "has section cpu .*, which the base has not"),
-        ([CPU, DISK, TIMER._replace(version=3)], r"has section timer \(instance 1, version 3\)"),
-        ([CPU, DISK, TIMER._replace(instance=0)], r"has section timer \(instance 0"),
+        ([CPU, DISK], r"lacks device section timer \(instance 1, version 2\), which the base has"),
+        ([CPU, DISK, TIMER, CPU], "has device section cpu .*, which the base has not"),
+        ([CPU, DISK, TIMER._replace(version=3)], r"has device section timer \(instance 1, version 3\)"),
+        ([CPU, DISK, TIMER._replace(instance=0)], r"has device section timer \(instance 0"),
     ],
 )
 def test_the_first_difference_is_named(found: list[DeviceSection], difference: str) -> None:

@@ -47,6 +47,9 @@ class FakeRounds:
         if read_rows(mine, numbers, rows, np.arange(len(numbers))) is not None:
             raise FailedError("a file of the machine ends early")
 
+    def pass_over_layer(self) -> None:
+        """There is none."""
+
     def settle(self) -> tuple[bytes, Sections]:
         """Have the machine stand still: its device state and the sections of that."""
         state = self._stand_still()

@@ -37,6 +37,11 @@ class Blocks:
     files: NDArray[np.int8]
     """In which file."""
 
+    @property
+    def written(self) -> NDArray[np.int64]:
+        """Those that the machine itself has written."""
+        return self.numbers[self.files == _OWN]
+
 
 class InstanceDisk:
     """The files of a disk, open."""

@@ -234,9 +234,7 @@ class QemuInstance:
         with ExitStack() as on_error:
             disk = on_error.enter_context(self._open_disk(layer))
             received = self._received.numbers if self._received else None
-            rounds = QemuRounds(
-                mapping, disk, layer if with_layer else None, self._stand_still, received
-            )
+            rounds = QemuRounds(mapping, disk, layer if with_layer else None, self._stand_still, received)
             on_error.pop_all()
             return rounds
 

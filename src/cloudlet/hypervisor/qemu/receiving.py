@@ -58,9 +58,7 @@ class QemuReceiving:
         self.instance.stop()
 
 
-def load_and_stay(
-    instance: QemuInstance, target: Stream, disk: GrowingQcow2, device_state: bytes
-) -> None:
+def load_and_stay(instance: QemuInstance, target: Stream, disk: GrowingQcow2, device_state: bytes) -> None:
     """Write the disk's tables and load the devices; the machine is complete then, and paused.
 
     :raises MismatchError: the device state is not one of the base's machine; QEMU has not seen it.

@@ -40,6 +40,8 @@ class QemuRounds:
         self._stand_still = stand_still
         self._settled = False
         self._told: Numbers = np.empty(0, np.uint32)
+        self._written: Numbers = np.empty(0, np.uint32)
+        """Blocks that the machine itself has written since the rounds began, or before."""
         self._blocks = disk.look(with_layer=self._with_layer, settled=False)
         self._memory = changed.open_memory(mapping.pid)
 
@@ -60,6 +62,13 @@ class QemuRounds:
             changed.read_rows(self._memory, self._mapping, numbers, rows)
         else:
             self._disk.read(self._blocks, numbers, rows, settled=self._settled)
+
+    def pass_over_layer(self) -> None:
+        """Hold no longer what only the layer brings."""
+        self._brought = np.empty(0, np.uint32)
+        if self._with_layer:
+            self._with_layer = False
+            self._told = self._written
 
     def settle(self) -> tuple[bytes, Sections]:
         """Have the machine stand still: its device state and the sections of that."""
@@ -85,3 +94,5 @@ class QemuRounds:
         # A block that was given back is the base's again, but whoever was told of it has another content.
         if not np.array_equal(now, self._told):
             self._told = np.union1d(now, self._told)
+        if self._with_layer:
+            self._written = np.union1d(self._blocks.written.astype(np.uint32), self._written)

@@ -82,4 +82,4 @@ def _is_header(state: bytes, position: int) -> bool:
 
 
 def _text(section: DeviceSection) -> str:
-    return f"section {section.name} (instance {section.instance}, version {section.version})"
+    return f"device section {section.name} (instance {section.instance}, version {section.version})"

@@ -1,0 +1,150 @@
+"""Serving: after an early switch the source brings its target the pages that this lacks.
+
+One thread sends, another asks the target which pages its guest waits for. These go first, then what lies
+around them, then what had changed in the last moments at the source, then the rest. Little is on its way at a
+time, so that what is waited for is not behind much else.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Self
+
+import numpy as np
+
+from cloudlet.control.courier import WAITING_BYTES, Courier, Peer, PeerState, answered
+from cloudlet.errors import CloudletError
+from cloudlet.model import PAGE_BYTES
+from cloudlet.overlay.pages import Numbers
+from cloudlet.overlay.rounds import Left
+
+_PAGES = 16
+"""Pages of a record, and of the window around one that is waited for: what the page server reads along."""
+_ON_ITS_WAY_SECONDS = 0.05
+"""So much of what the link carries is on its way at a time."""
+_COMPRESSED = 3
+"""How much larger pages are before they are compressed; roughly."""
+_LEAST_ON_ITS_WAY = 4 * _PAGES * PAGE_BYTES
+_ASK_SECONDS = 10
+_PAUSE_SECONDS = 0.5
+"""Between two questions of which the first was not answered."""
+
+
+class Serving:
+    """The pages of one machine that are brought; a context that ends with nothing on its way."""
+
+    def __init__(
+        self,
+        peer: Peer,
+        courier: Courier,
+        left: Left,
+        bring: Callable[[Numbers], None],
+        end: Callable[[], None],
+    ) -> None:
+        """Pages of which nothing is sent yet.
+
+        :param bring: puts the record of pages, in order and 16 at most.
+        :param end: puts the last record.
+        """
+        self.asked = 0
+        """Pages that were sent because the guest waited for them."""
+        self._peer = peer
+        self._courier = courier
+        self._bring = bring
+        self._end = end
+        self._missing = {int(page): None for numbers in (left.lately, left.before) for page in numbers}
+        """In the order in which they are sent, if nobody asks."""
+        self._wanted: dict[int, None] = {}
+        self._near: dict[int, None] = {}
+        self._changed = threading.Condition()
+        self._heard: PeerState | None = None
+        self._error: BaseException | None = None
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=run, name=f"serving-{name}", daemon=True)
+            for name, run in (("send", self._send), ("ask", self._ask))
+        ]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._threads[0].join()  # the other one may wait for an answer, which nobody needs
+
+    @property
+    def missing(self) -> int:
+        """Pages that have not been sent."""
+        with self._changed:
+            return len(self._missing)
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why nothing is sent any more."""
+        return self._error
+
+    def hear(self, timeout: float) -> PeerState | None:
+        """What the target has said since this was asked last, as soon as it says something."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._heard or self._closed, timeout)
+            heard, self._heard = self._heard, None
+            return heard
+
+    def _send(self) -> None:
+        courier = self._courier
+        try:
+            while self.missing:
+                # As much as the link has shown that it carries.
+                carried = (courier.rate() or 0.0) * _ON_ITS_WAY_SECONDS * _COMPRESSED
+                courier.most_waiting = int(min(max(carried, _LEAST_ON_ITS_WAY), WAITING_BYTES))
+                courier.wait_for_room()
+                if self._closed:
+                    return
+                self._bring(self._next())
+            self._end()
+            courier.flush()
+        except CloudletError as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _next(self) -> Numbers:
+        """The pages to send now, in order."""
+        with self._changed:
+            wanted = self._taken(self._wanted)
+            self.asked += len(wanted)
+            for page in wanted:
+                first = page // _PAGES * _PAGES
+                self._near.update(dict.fromkeys(range(first, first + _PAGES)))
+            some = wanted or self._taken(self._near) or self._taken(self._missing)
+            return np.array(sorted(some), np.uint32)
+
+    def _taken(self, pages: dict[int, None]) -> list[int]:
+        """The first of these pages that are missing; they are not any more."""
+        taken: list[int] = []
+        while pages and len(taken) < _PAGES:
+            page = next(iter(pages))
+            del pages[page]
+            if pages is self._missing or self._missing.pop(page, page) is None:
+                taken.append(page)
+        return taken
+
+    def _ask(self) -> None:
+        after = 0
+        while not self._closed:
+            answer = answered(partial(self._peer.wanted, after, _ASK_SECONDS))
+            told = (answer.told or {}) if answer else {}
+            with self._changed:
+                if answer:
+                    self._heard = answer
+                    self._wanted.update(dict.fromkeys(map(int, told.get("wanted") or ())))
+                    self._changed.notify_all()
+                if not answer or "wanted_after" not in told:
+                    self._changed.wait_for(lambda: self._closed, _PAUSE_SECONDS)
+            after = int(told.get("wanted_after") or after)

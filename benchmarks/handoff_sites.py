@@ -183,18 +183,6 @@ class Sites:
         done = member.done(begun, terms.get("deadline_seconds", 60.0) + _SPARE_SECONDS)
         return dict(member("GET", f"/v1/handoffs/{done['resources']['handoff']}")["handoff"])
 
-    def settle(self, site: Site, instance_id: str) -> None:
-        """Wait until an instance that has come to a site can leave it: its clock is set first."""
-        keepers = Keepers(site.settings, lambda *_: None)
-        deadline = time.monotonic() + _READY_SECONDS
-        try:
-            while (status := keepers.status(instance_id)) is None or status.state is not KeeperState.READY:
-                if time.monotonic() > deadline:
-                    raise FailedError(f"instance {instance_id} is not ready")
-                time.sleep(_PAUSE)
-        finally:
-            keepers.close()
-
     def _addresses(self, instance: dict[str, Any], guest_port: int) -> list[Address]:
         port = port_of(instance, guest_port)
         return [(self.near.address, port), (self.far.address, port)]
@@ -222,6 +210,22 @@ def sites(lab: Lab, app: apps.App) -> Iterator[Sites]:
         both = Sites(near, far, between, near_app)
         _warm(both)
         yield both
+
+
+def settle(settings: Settings, instance_id: str) -> None:
+    """Wait until an instance that has come to a site can leave it again: its clock is set first.
+
+    :param settings: the site's.
+    """
+    keepers = Keepers(settings, lambda *_: None)
+    deadline = time.monotonic() + _READY_SECONDS
+    try:
+        while (status := keepers.status(instance_id)) is None or status.state is not KeeperState.READY:
+            if time.monotonic() > deadline:
+                raise FailedError(f"instance {instance_id} is not ready")
+            time.sleep(_PAUSE)
+    finally:
+        keepers.close()
 
 
 def check(user: Using, held: dict[str, Any], url: str) -> None:
@@ -293,7 +297,7 @@ def _warm(both: Sites) -> None:
         for way in ("overlay", "nothing"):
             for here, there in ((both.near, both.far), (both.far, both.near)):
                 both.hand_off(here, there, instance["id"], overlay=way)
-                both.settle(there, instance["id"])
+                settle(there.settings, instance["id"])
 
 
 def mib(count: float) -> float:

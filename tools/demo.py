@@ -108,16 +108,16 @@ def make_base() -> None:
         step(cloudlet("base", "build", "--name", BASE))
 
 
-def make_overlay(overlay: Path) -> None:
+def make_overlay(overlay: Path, recipe: Path = EXAMPLE, *options: str) -> None:
     """Make the overlay unless it is there and belongs to this base and this recipe."""
     if not any(key["name"] == "default" and key["signs"] == "yes" for key in listed("key", "list")):
         step(cloudlet("key", "create"))
     base = next(base for base in listed("base", "list") if base["name"] == BASE)
     made_from = overlay.with_suffix(".made-from")
-    wanted = f"{base['id']} {digest_of(EXAMPLE)} {VERSION}"
+    wanted = f"{base['id']} {digest_of(recipe)} {VERSION}"
     if overlay.exists() and made_from.exists() and made_from.read_text() == wanted:
         return
-    step(cloudlet("overlay", "create", BASE, "--recipe", EXAMPLE, "-o", overlay))
+    step(cloudlet("overlay", "create", BASE, "--recipe", recipe, "-o", overlay, *options))
     made_from.write_text(wanted)
 
 

@@ -52,6 +52,14 @@ OPTIONS = (
         "start from an image has nothing to build. What was not used for longest goes first; 0 keeps none.",
     ),
     cfg.IntOpt("instance_uid_count", default=10000, min=1, help="How many user ids there are."),
+    cfg.StrOpt(
+        "bridge",
+        default="",
+        max_length=15,
+        help="A bridge of this machine's network into which the guest of an instance is plugged, besides its "
+        "published ports; one instance at a time. Where two sites have bridges that are one network, by a "
+        "tunnel for example, open connections survive a hand-off. Default: none; guests reach nothing.",
+    ),
 )
 
 DATABASE_OPTIONS = (
@@ -268,6 +276,8 @@ class Settings:
     instance_uid_first: int = 400000
     instance_uid_count: int = 10000
     image_cache_mib: int = 8192
+    bridge: str = ""
+    """The bridge at which instances are; they are at none where it is empty."""
     fetch_networks: tuple[str, ...] = ()
     """Of a site that serves: the networks besides the public ones into which a URL may lead."""
 
@@ -358,6 +368,7 @@ def settings_of(
             instance_uid_first=conf.instance_uid_first,
             instance_uid_count=conf.instance_uid_count,
             image_cache_mib=conf.image_cache_mib,
+            bridge=conf.bridge,
             fetch_networks=tuple(conf.api.fetch_networks),
         )
     except (cfg.Error, ValueError) as error:

@@ -78,7 +78,7 @@ def made_early(quick_base_id: str, tmp_path_factory: pytest.TempPathFactory) -> 
     return publish(quick_base_id, tmp_path_factory.mktemp("early"), EARLY_RECIPE)
 
 
-def publish(base_id: str, folder: Path, recipe_text: str) -> Hello:
+def publish(base_id: str, folder: Path, recipe_text: str, *options: str) -> Hello:
     """Make and sign an overlay as a publisher does."""
     settings = Settings(
         cache_dir=KEPT / "cache", state_dir=folder / "state", keys_dir=folder / "keys", accelerator="tcg"
@@ -86,7 +86,7 @@ def publish(base_id: str, folder: Path, recipe_text: str) -> Hello:
     cloudlet = command_line(settings)
     recipe, output = write_recipe(folder / "recipe", recipe_text), folder / "made.overlay"
     assert cloudlet("key", "create").status == 0
-    done = cloudlet("overlay", "create", base_id, "--recipe", recipe, "-o", output)
+    done = cloudlet("overlay", "create", base_id, "--recipe", recipe, "-o", output, *options)
     assert done.status == 0, done.err
     return Hello(output, folder / "keys", recipe, base_id)
 

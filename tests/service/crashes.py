@@ -111,7 +111,7 @@ SCENARIOS: dict[str, Scenario] = {
     "app.prestage": prestage,
     "cloudlet.drain": drain,
 }
-"""How each kind of operation comes about; ``base.import`` has a test of its own."""
+"""How each kind of operation comes about; those of bases and hand-offs have tests of their own."""
 
 
 MOMENTS = [

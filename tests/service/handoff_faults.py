@@ -1,9 +1,9 @@
 """The fault matrix of the hand-off, with real sites, keepers and guests: what fails at which step.
 
-Two served sites reach each other through gates (``gate.py``). A gate holds what would bring a hand-off from
-one step to the next, as the records of both keepers say (``handoff.json``). Then something fails, the gate
-opens, and all that was killed or cut comes back. In the end both sites have to say the same, and who watched
-the guests meanwhile (``watching.py``) has to have seen no two of them run.
+A gate between two sites (``handoff_world.py``) holds what would bring a hand-off from one step to the next,
+as the records of both keepers say (``handoff.json``). Then something fails, the gate opens, and all that was
+killed or cut comes back. In the end both sites have to say the same, and who watched the guests meanwhile
+(``watching.py``) has to have seen no two of them run.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ import random
 import signal
 import socket
 import sqlite3
-import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -33,39 +31,16 @@ from cloudlet.keeper.folder import ORDER, is_kept
 from cloudlet.store.keyring import KeyRing
 from cloudlet.store.tokens import PeerTokens
 from cloudlet.transfer.peer import PeerConnection, PeerError
-from tests.service.conftest import Made
-from tests.service.gate import Gate, Passing, gated
-from tests.service.two_sites import PeerSite, add_peer, peer_site
-from tests.service.watching import Guest, Observer, User, guests_below, watched
+from tests.service.gate import Passing
+from tests.service.handoff_world import SETTLED_SECONDS, SOON, World, clock_of, free, wait_for
+from tests.service.two_sites import PeerSite
+from tests.service.watching import Guest
 
-GRACE, PATIENCE = 1, 8
 AWAY = 1.5
 """Seconds for which something is cut, killed, or full."""
-_REACHED_SECONDS, _SETTLED_SECONDS = 45.0, 75.0
 _MOST_HANDSHAKE = 400
 """Bytes of a piece that is no message: the end of a handshake."""
-_STATE_MIB = 96
 _CLOCK_SECONDS = 300
-_CLOCK = "CLOUDLET_TESTED_CLOCK"
-_SITECUSTOMIZE = f'''
-"""The clock of a site under test is off by what a file says."""
-
-import os
-import time
-
-_now, _file = time.time, os.environ.get("{_CLOCK}", "")
-
-
-def _shifted():
-    try:
-        with open(_file) as said:
-            return _now() + float(said.read())
-    except (OSError, ValueError):
-        return _now()
-
-
-time.time = _shifted
-'''
 
 
 @dataclass
@@ -164,160 +139,6 @@ STEPS = (
 NAMES = tuple(step.name for step in STEPS)
 
 
-class World:
-    """Two sites, the gates before them, and an instance that goes to and fro."""
-
-    def __init__(self, sites: Sequence[PeerSite], gates: Sequence[Gate], keys: Mapping[str, Path]) -> None:
-        self.sites = tuple(sites)
-        self.gates = tuple(gates)
-        self.ids = [str(about(site)["id"]) for site in sites]
-        self.machines = [site.settings for site in sites]
-        self.stranger = keys
-        """The id of a site that is a peer of both, and its keys."""
-        self.instance: dict[str, Any] | None = None
-        self.at = 0
-        self.observer: Observer
-        self.user: User
-        self._apps: list[dict[str, Any]] = []
-
-    @property
-    def folder(self) -> Path:
-        return self.sites[0].folder.parent
-
-    def publish(self, made: Made) -> None:
-        self._apps = [site.call.publish(made.overlay) for site in self.sites]
-
-    def guests(self, which: int | None = None) -> list[Guest]:
-        """The guests of a site, or of both."""
-        return guests_below(self.folder if which is None else self.sites[which].folder)
-
-    def bring_to(self, which: int) -> dict[str, Any]:
-        """Have the instance run at a site, a new one if there is none."""
-        if self.instance is None:
-            self.at = which
-            self.instance = self.sites[which].call.start(self._apps[which])
-            self.user.begin()
-        if self.at != which:
-            self.sites[self.at].hand_off(self.instance)
-            self.at = which
-            self.instance = self.sites[which].call.instance(self.instance["id"])
-        self._wait_alone(self.instance["id"], which)
-        return self.instance
-
-    def lost(self) -> None:
-        """The instance has failed, as it had to: the next one is a new one."""
-        assert self.instance
-        for site in self.sites:
-            path = f"/v1/instances/{self.instance['id']}"
-            if site.call("GET", path).status_code == 200:
-                site.call.done(site.call.delete(path))
-        self.instance = None
-
-    def _wait_alone(self, instance_id: str, which: int) -> None:
-        """Wait until nothing of it is left at the other site."""
-        folder = self.machines[1 - which].keepers_dir / instance_id
-        wait_for(lambda: not folder.exists(), GRACE + 15, f"{folder} is still there")
-
-
-class Worlds:
-    """Two sites for any number of cells; others after something was not as it had to be."""
-
-    def __init__(self, folder: Path, made: Made, hashed: str) -> None:
-        self._folder, self._made, self._hashed = folder, made, hashed
-        self._stack = ExitStack()
-        self._count = 0
-        self._world: World | None = None
-
-    def __enter__(self) -> Worlds:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.forget()
-
-    def get(self) -> World:
-        """Two sites."""
-        if self._world is None:
-            self._count += 1
-            place = self._folder / f"{self._count}"
-            place.mkdir(parents=True)
-            self._world = self._stack.enter_context(world(place, self._made, self._hashed))
-        return self._world
-
-    def at(self) -> int | None:
-        """At which site the instance is, if there is one."""
-        return self._world.at if self._world and self._world.instance else None
-
-    def forget(self) -> None:
-        """End the sites, and all that is left of them."""
-        self._world = None
-        self._stack.close()
-
-
-@contextmanager
-def world(folder: Path, made: Made, hashed: str) -> Iterator[World]:
-    """Two sites that are peers, each with a small disk of its own and a clock that can be wrong."""
-    (folder / "clocks").mkdir()
-    (folder / "clocks" / "sitecustomize.py").write_text(_SITECUSTOMIZE)
-    settings = {"grace_seconds": GRACE, "patience_seconds": PATIENCE}
-    with ExitStack() as stack:
-        for name in "ab":
-            stack.enter_context(small_disk(folder / name / "state"))
-        sites = []
-        for name in "ab":
-            with clock_of(folder / name):
-                sites.append(stack.enter_context(peer_site(folder / name, made, hashed, peers=settings)))
-        stack.enter_context(standing_again(sites))
-        ids = {}
-        with peer_site(folder / "stranger", made, hashed) as other:
-            for site in sites:
-                ids[add_peer(site, other)] = other.settings.keys_dir
-        gates = [stack.enter_context(gated(address(site))) for site in sites]
-        for here, there, gate in ((0, 1, gates[1]), (1, 0, gates[0])):
-            sites[here].peer_id = add_peer(sites[here], sites[there])
-            url = {"peer": {"url": f"https://127.0.0.1:{gate.port}"}}
-            sites[here].call.patch(f"/v1/peers/{sites[here].peer_id}", url)
-        made_world = World(sites, gates, ids)
-        made_world.publish(made)
-        made_world.observer, made_world.user = stack.enter_context(watched(folder))
-        yield made_world
-
-
-@contextmanager
-def standing_again(sites: Sequence[PeerSite]) -> Iterator[None]:
-    """At the end what waits in a site's gates is let go; who was killed need not come back."""
-    try:
-        yield
-    finally:
-        for site in sites:
-            _free(site)
-
-
-@contextmanager
-def small_disk(place: Path) -> Iterator[None]:
-    """A folder with little room: only root can make it."""
-    place.mkdir(parents=True)
-    size = f"size={_STATE_MIB}m,mode=700"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "cloudlet-test", place], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", place], check=True)
-
-
-@contextmanager
-def clock_of(folder: Path) -> Iterator[None]:
-    """Whatever is started within has the clock of a site."""
-    paths = [str(folder.parent / "clocks"), os.environ.get("PYTHONPATH", "")]
-    given = {_CLOCK: str(folder / "clock"), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    before = {name: os.environ.get(name) for name in given}
-    os.environ.update(given)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
 class Cell:
     """One hand-off, in which one thing fails at one step."""
 
@@ -349,7 +170,7 @@ class Cell:
         def there() -> bool:
             return step.reached(view) and (not step.waits or gate.held > 0)
 
-        wait_for(there, _REACHED_SECONDS, f"{step.name} is not reached")
+        wait_for(there, SOON, f"{step.name} is not reached")
         return operation
 
     def say(self, problem: str) -> None:
@@ -357,13 +178,13 @@ class Cell:
 
     def guest(self, which: int) -> Guest:
         """The guest at a site, which may be about to begin."""
-        wait_for(lambda: bool(self.world.guests(which)), 10, "there is no guest to be killed")
+        wait_for(lambda: bool(self.world.guests(which)), SOON, "there is no guest to be killed")
         return self.world.guests(which)[0]
 
     def keeper(self, which: int) -> int:
         """The process that keeps the instance at a site."""
         folder = self.folders[which]
-        wait_for(lambda: is_kept(folder), 10, "there is no keeper to be killed")
+        wait_for(lambda: is_kept(folder), SOON, "there is no keeper to be killed")
         return keeper_of(folder)
 
     def ask(
@@ -479,14 +300,10 @@ def _fill(end: str) -> Act:
     return fill
 
 
-def _free(site: PeerSite) -> None:
-    (site.folder / "state" / "filler").unlink(missing_ok=True)
-
-
 def _make_room(cell: Cell) -> None:
     time.sleep(AWAY)
-    _free(cell.source)
-    _free(cell.target)
+    free(cell.source)
+    free(cell.target)
 
 
 def _flip(cell: Cell) -> None:
@@ -600,6 +417,7 @@ def _earlier(cell: Cell) -> list[dict[str, Any]]:
     for handoff, epoch, text in rows:
         order = json.loads(text)
         wanted = order["instance"]
+        wanted["lease"] = {name: value for name, value in wanted["lease"].items() if value is not None}
         offer = {"seed": order["seed"], "needs": order["needs"], "instance": wanted}
         found.append({"id": handoff, "epoch": epoch, "offer": offer})
     return found[-1:]
@@ -658,6 +476,7 @@ def allowed(step: Step, fault: Fault) -> set[Outcome]:
 
 def run_cell(here: World, step: Step, fault: Fault, source: int, dice: random.Random) -> list[str]:
     """Have a thing fail at a step of a hand-off from a site; what is not as it has to be."""
+    looks = here.observer.looks
     cell = Cell(here, step, source, dice)
     try:
         operation = cell.hold()
@@ -672,6 +491,8 @@ def run_cell(here: World, step: Step, fault: Fault, source: int, dice: random.Ra
     _check(cell, outcome)
     if here.observer.ran_twice:
         cell.say("two copies ran at the same moment")
+    if here.observer.looks < looks + 50:
+        cell.say("nobody has watched")
     return cell.problems + here.user.problems
 
 
@@ -682,7 +503,7 @@ def _all_is_well(cell: Cell) -> None:
     _mend(cell)
     _unflip(cell)
     for site in (cell.source, cell.target):
-        _free(site)
+        free(site)
         (site.folder / "clock").unlink(missing_ok=True)
 
 
@@ -700,7 +521,7 @@ def _settled(cell: Cell, operation: Mapping[str, Any]) -> Outcome:
             and lives in ("active", "failed")
         )
 
-    wait_for(settled, _SETTLED_SECONDS, "it does not settle", found)
+    wait_for(settled, SETTLED_SECONDS, "it does not settle", found)
     reverted = found["departure"] == "reverted"
     time.sleep(0.1)  # an instance whose machine has ended says so a moment later
     found.update(_said(cell, operation))
@@ -729,17 +550,17 @@ def _check(cell: Cell, outcome: Outcome) -> None:
     here, (state, lives) = cell.world, outcome
     at = cell.which if state == "reverted" else 1 - cell.which
     here.at = at
-    wait_for(lambda: len(here.guests()) == int(lives), 20, "guests", here.guests)
+    wait_for(lambda: len(here.guests()) == int(lives), SOON, "guests", here.guests)
     if lives:
         (guest,) = here.guests(at)
-        wait_for(guest.runs, 10, "the guest does not run")
+        wait_for(guest.runs, SOON, "the guest does not run")
         if not here.user.counts_on(guest):
             cell.say("the guest does not count on")
         cell.problems += here.user.verify(guest)
         here.instance = here.sites[at].call.instance(cell.instance_id)
     other = here.sites[1 - at]
     folder = cell.folders[1 - at]
-    wait_for(lambda: not folder.exists(), GRACE + 20, f"{folder} is left")
+    wait_for(lambda: not folder.exists(), SOON, f"{folder} is left")
     if left := [path.name for path, _ in records(here.machines[1 - at].instances_dir)]:
         cell.say(f"machines {left} are left")
     known = other.call("GET", f"/v1/instances/{cell.instance_id}")
@@ -758,23 +579,3 @@ def keeper_of(folder: Path) -> int:
         if (kind, mode, place) == ("FLOCK", "WRITE", device):
             return int(pid)
     raise AssertionError(f"nobody keeps {folder}")
-
-
-def wait_for(until: Callable[[], bool], seconds: float, what: str, found: Any = "") -> None:
-    """Wait until something is so, looking closely: what is looked for may last for a moment only."""
-    deadline = time.monotonic() + seconds
-    while not until():
-        assert time.monotonic() < deadline, f"{what} {found() if callable(found) else found}".strip()
-        time.sleep(0.003 if seconds < _SETTLED_SECONDS else 0.1)
-
-
-def about(site: PeerSite) -> dict[str, Any]:
-    """What a site says of itself."""
-    return dict(site.call.get("/v1/cloudlets/self")["cloudlet"])
-
-
-def address(site: PeerSite) -> tuple[str, int]:
-    """Where a site's peers reach it."""
-    parts = urlsplit(about(site)["peers_url"])
-    assert parts.hostname and parts.port
-    return parts.hostname, parts.port

@@ -414,5 +414,5 @@ def test_the_openstack_client_has_the_same_commands(call: Caller, made: Made) ->
 def test_completion_knows_the_commands() -> None:
     done = run("complete")
     assert done.status == 0
-    assert "cmds_instance='console-log create delete list pause" in done.out
+    assert "cmds_instance='console-log create delete follow list pause" in done.out
     assert "--no-wait" in done.out

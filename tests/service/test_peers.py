@@ -689,12 +689,10 @@ def test_processes_that_share_a_job_board_share_the_peers_door() -> None:
     def server(port: int) -> Server:
         return Server(Listening(host="127.0.0.1", port=port), app, threads=1, busy=1, shared=True)
 
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     with ExitStack() as stack:
-        first = server(0)
-        stack.callback(first.stop)
-        port = first.bind_addr[1]
-        second = server(port)
-        for one in (first, second):
+        for one in (server(port), server(port)):
             thread = threading.Thread(target=one.serve)
             thread.start()
             stack.callback(thread.join)

@@ -106,7 +106,7 @@ def peer_site(folder: Path, made: Made, hashed: str, **groups: Mapping[str, Any]
             yield site
         finally:
             runs.close()
-            _end_machines(site.settings)
+            end_machines(site.settings)
 
 
 def add_peer(here: PeerSite, there: PeerSite) -> str:
@@ -121,7 +121,8 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _end_machines(settings: Settings) -> None:
+def end_machines(settings: Settings) -> None:
+    """End all machines of a site that is not served any more."""
     keepers = Keepers(settings, lambda *_: None)
     try:
         for folder in settings.keepers_dir.glob("*"):

@@ -77,10 +77,11 @@ def guests_below(folder: Path) -> list[Guest]:
             if _PROGRAM not in (process / "cmdline").read_bytes():
                 continue
             variables = (process / "environ").read_bytes().split(b"\0")
-            (mark,) = (one.removeprefix(_MARK) for one in variables if one.startswith(_MARK))
-            place = Path(os.fsdecode(mark))
-            if place.is_relative_to(folder):
-                found.append(Guest(int(process.name), place))
+            # One that ends just now has none.
+            for mark in (one.removeprefix(_MARK) for one in variables if one.startswith(_MARK)):
+                place = Path(os.fsdecode(mark))
+                if place.is_relative_to(folder):
+                    found.append(Guest(int(process.name), place))
     return found
 
 
@@ -203,6 +204,7 @@ def watched(folder: Path) -> Iterator[tuple[Observer, User]]:
         thread.start()
     try:
         yield observer, user
+        assert all(thread.is_alive() for thread in threads), "who watches has gone"
     finally:
         ended.set()
         for thread in threads:

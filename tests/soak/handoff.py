@@ -19,7 +19,8 @@ import requests
 
 from cloudlet.api.identity import hash_of
 from tests.service.conftest import PASSWORD, make
-from tests.service.handoff_faults import CELLS, FAULTS, STEPS, Fault, Step, Worlds, run_cell
+from tests.service.handoff_faults import CELLS, FAULTS, STEPS, Fault, Step, run_cell
+from tests.service.handoff_world import Worlds
 
 if TYPE_CHECKING:
     from tests.soak.__main__ import Soak

@@ -100,7 +100,8 @@ def peers_server_of(site: ServedSite, app: WSGIApplication) -> Server | None:
         threads=options.threads,
         busy=options.waiters + options.transfers,
         tls=own_context(signer, site.id, options.machine.state_dir / "peers.pem"),
-        shared=bool(options.job_board),
+        # Where the kernel chooses the port, each process has its own.
+        shared=bool(options.job_board and options.peers.listening.port),
     )
     site.peers.url = site.peers.url or server.where
     return server

@@ -109,6 +109,7 @@ TABLE: tuple[Operation, ...] = (
     Operation("POST",   "/v1/peer/handoffs",                  peer.offer,             PEER,    status=202),
     Operation("GET",    "/v1/peer/handoffs/{handoff_id}",     peer.state,             PEER,    HANDOFFS),
     Operation("DELETE", "/v1/peer/handoffs/{handoff_id}",     peer.drop,              PEER,    HANDOFFS),
+    Operation("GET",    "/v1/peer/handoffs/{handoff_id}/wanted", peer.wanted,           PEER,    HANDOFFS),
     Operation("PUT",    "/v1/peer/handoffs/{handoff_id}/records", peer.records,       PEER,    HANDOFFS),
     Operation("POST",   "/v1/peer/handoffs/{handoff_id}/commit", peer.commit,         PEER,    HANDOFFS),
 )

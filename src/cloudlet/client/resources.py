@@ -87,6 +87,7 @@ class App(Noun):
     restart: bool = Body("restart")
     lease_seconds: int | None = Body("lease_seconds")
     intent: Mapping[str, Any] = Body("intent")
+    handoff: Mapping[str, Any] = Body("handoff")
 
     @property
     def overlay_id(self) -> str:

@@ -7,6 +7,7 @@ has, and takes none twice. What waits to be sent is bounded; whoever makes more 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -62,7 +63,7 @@ class Peer(Protocol):
     def wanted(self, after: int, wait: float) -> PeerState:
         """Which missing pages its guest has waited for since the question that gave ``after``.
 
-        It answers when there is one, when it is something else, or after ``wait`` seconds: what else it says is
+        It answers when there is one, when it is something else, or after ``wait`` seconds. What else it says:
         ``missing`` (how many), ``wanted`` (their numbers) and ``wanted_after``.
         """
 
@@ -166,7 +167,9 @@ class Courier:
         """Bytes per second that the link carries; None while that is not known."""
         with self._changed:
             busy = self.busy + (time.monotonic() - self._busy_since if self._requests else 0.0)
-            return self.sent / busy if self.sent > _SMALLEST_BATCH and busy > 0.01 else None
+            if self.sent <= _SMALLEST_BATCH or busy <= 0.01:
+                return None
+            return min(self.sent / busy, self.limit or math.inf)
 
     def _wait(self, until: Callable[[], bool]) -> None:
         while not (until() or self._error or self._stopped.is_set()):

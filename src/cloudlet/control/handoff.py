@@ -297,8 +297,9 @@ class Departure:
             rounds.close()
 
     def _copy(self, sender: _Sender) -> bool:
-        """Send rounds while the machine runs, until what is left fits, or as long as there is time; whether it
-        does not fit and is to be sent after the switch.
+        """Send rounds while the machine runs, until what is left fits or there is no more time.
+
+        The answer is whether what is left is to be sent after the switch.
         """
         self._tell(self._pace.begun(*sender.count()))
         while True:
@@ -393,6 +394,8 @@ class Departure:
             heard = time.monotonic() if answer else heard
             if answer and answer.state in (Ownership.LOST, Ownership.DROPPED, "unknown"):
                 lost = answer.reason or "it is gone at the target"
+            elif answer and answer.state == Ownership.FILLING and not self._can_serve():
+                lost = "its machine ended at the source before all of its memory had gone over"
             with self._deciding, suppress(OSError):  # it cannot be written down: it is looked at again
                 if answer and answer.state == Ownership.RUNNING:
                     self._ownership.become(Ownership.COMPLETED)
@@ -412,6 +415,10 @@ class Departure:
             return self._serving.hear(_LOOK_SECONDS)
         self._stopped.wait(_LONGEST_WAIT)
         return answered(self._peer.state)
+
+    def _can_serve(self) -> bool:
+        """Whether what is missing at the target still comes."""
+        return self._stands_here() or (self._serving is not None and not self._serving.error)
 
     def _stands_here(self) -> bool:
         """Whether the machine is here still, as it was at the switch."""
@@ -469,7 +476,7 @@ class _Sender:
         return looked, changed
 
     def leave(self) -> Left:
-        """The last look before an early switch: blocks of the disk are sent, of RAM only which pages come later."""
+        """The last round of an early switch: the disk's blocks, and of RAM only which pages come later."""
         self.number += 1
         parts, self.looked = [], 0
         for space, numbers, rows in self._pages():

@@ -26,7 +26,7 @@ GUESSED_RATE = 12.5e6
 _LISTED_PAGE_BYTES = 1.0
 """What it takes to say that a page comes later."""
 _PROGRESS, _WITHOUT_PROGRESS = 0.85, 2
-"""A round that sends more than this share of the one before has brought nothing; so many in a row are enough."""
+"""A round that sends more than this share of the one before has brought nothing; two of them are enough."""
 GUESSED_PAGE_BYTES = 1500.0
 """What a changed page takes on the wire, before it is known."""
 
@@ -163,7 +163,7 @@ class Pace:
         return self.terms.early and at_last.pause_seconds > self.terms.pause_seconds
 
     def switches(self, at_last: Forecast) -> bool:
-        """Whether to switch now: what is left fits, or another round would miss the deadline or bring nothing."""
+        """Whether to switch now: what is left fits, or another round is too long or would bring nothing."""
         if at_last.pause_seconds <= self.terms.pause_seconds:
             return True
         if self.terms.early and self._stands():

@@ -6,27 +6,30 @@ connects inside.
 """
 
 import errno
-import fcntl
 import os
 import socket
 import struct
 
-from cloudlet.forwarder.kernel import CLONE_NEWNET, CLONE_NEWUSER, forbid_new_privileges, unshare
+from cloudlet.forwarder import netlink
+from cloudlet.forwarder.kernel import (
+    CLONE_NEWNET,
+    CLONE_NEWUSER,
+    forbid_new_privileges,
+    open_tap,
+    unshare,
+)
 
 INTERFACE = "guest0"
 GUEST_ADDRESS = "10.0.2.15"
 GATEWAY_ADDRESS = "10.0.2.2"
 PREFIX, NETMASK = 24, "255.255.255.0"
 MTU = 1500
-_GATEWAY_MAC = "52:55:0a:00:02:02"  # fixed, because a captured guest has it in its memory
+GATEWAY_MAC = "52:55:0a:00:02:02"  # fixed, because a captured guest has it in its memory
 _LOOPBACK = 1  # the interface index of "lo" in every namespace
 
-# from linux/if_tun.h
-_TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
-# from linux/netlink.h, linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h and linux/neighbour.h
-_NEWLINK, _NEWADDR, _NEWROUTE, _NEWNEIGH = 16, 20, 24, 28
-_REQUEST, _ACK, _EXCLUSIVE, _CREATE = 0x001, 0x004, 0x200, 0x400
-_IFF_UP, _IFLA_ADDRESS, _IFLA_MTU = 1, 1, 4
+# from linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h and linux/neighbour.h
+_NEWADDR, _NEWROUTE, _NEWNEIGH = 20, 24, 28
+_IFLA_ADDRESS, _IFLA_MTU = 1, 4
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_OIF, _TABLE_LOCAL, _PROTOCOL_BOOT, _SCOPE_HOST, _LOCAL = 4, 255, 3, 254, 2
 _NDA_DST, _NDA_LLADDR, _NUD_STALE = 1, 2, 0x04
@@ -44,15 +47,22 @@ _FORBIDDERS = (
     ("user/max_net_namespaces", "0", "sysctl -w user.max_net_namespaces=15000"),
 )
 
-_TUN_HINT = "modprobe tun, and let this user open /dev/net/tun (in a container: --device /dev/net/tun)"
+TUN_HINT = "modprobe tun, and let this user open /dev/net/tun (in a container: --device /dev/net/tun)"
 
 
-class RightMissingError(Exception):
-    """The kernel does not let this user have a network namespace; ``hint`` says what would help."""
+class NotFurnishedError(Exception):
+    """The guest cannot have its network; ``hint`` says what would help."""
+
+    kind = "refused"
+    """The word for it that the site is told."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class RightMissingError(NotFurnishedError):
+    """The kernel does not let this user have it."""
 
 
 def enter_empty_network() -> bool:
@@ -91,28 +101,28 @@ def plug_in(guest_mac: str) -> int:
     first client need not wait until the guest has answered who it is. Raises `RightMissingError`.
     """
     try:
-        tap = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
-        fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", INTERFACE.encode(), _IFF_TAP | _IFF_NO_PI))
+        tap = open_tap(INTERFACE)
     except OSError as error:
-        raise RightMissingError(f"/dev/net/tun: {error.strerror}", _TUN_HINT) from error
+        raise RightMissingError(f"/dev/net/tun: {error.strerror}", TUN_HINT) from error
     index = socket.if_nametoindex(INTERFACE)
     gateway, guest = socket.inet_aton(GATEWAY_ADDRESS), socket.inet_aton(GUEST_ADDRESS)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
-        _ask(netlink, _NEWLINK, _link(_LOOPBACK))
-        name_and_size = _attribute(_IFLA_ADDRESS, _mac(_GATEWAY_MAC))
-        name_and_size += _attribute(_IFLA_MTU, struct.pack("=I", MTU))
-        _ask(netlink, _NEWLINK, _link(index) + name_and_size)
+    attribute = netlink.attribute
+    with netlink.open_socket() as kernel:
+        netlink.set_up(kernel, _LOOPBACK)
+        name_and_size = attribute(_IFLA_ADDRESS, hardware_address(GATEWAY_MAC))
+        name_and_size += attribute(_IFLA_MTU, struct.pack("=I", MTU))
+        netlink.set_up(kernel, index, name_and_size)
         address = struct.pack("=BBBBI", socket.AF_INET, PREFIX, 0, 0, index)
-        address += _attribute(_IFA_LOCAL, gateway) + _attribute(_IFA_ADDRESS, gateway)
-        _ask(netlink, _NEWADDR, address, _CREATE | _EXCLUSIVE)
+        address += attribute(_IFA_LOCAL, gateway) + attribute(_IFA_ADDRESS, gateway)
+        netlink.create(kernel, _NEWADDR, address)
         neighbour = struct.pack("=BxxxiHBB", socket.AF_INET, index, _NUD_STALE, 0, 0)
-        neighbour += _attribute(_NDA_DST, guest) + _attribute(_NDA_LLADDR, _mac(guest_mac))
-        _ask(netlink, _NEWNEIGH, neighbour, _CREATE | _EXCLUSIVE)
+        neighbour += attribute(_NDA_DST, guest) + attribute(_NDA_LLADDR, hardware_address(guest_mac))
+        netlink.create(kernel, _NEWNEIGH, neighbour)
         everything = struct.pack(
             "=BBBBBBBBI",
             *(socket.AF_INET, 0, 0, 0, _TABLE_LOCAL, _PROTOCOL_BOOT, _SCOPE_HOST, _LOCAL, 0),
-        ) + _attribute(_RTA_OIF, struct.pack("=I", _LOOPBACK))
-        _ask(netlink, _NEWROUTE, everything, _CREATE | _EXCLUSIVE)
+        ) + attribute(_RTA_OIF, struct.pack("=I", _LOOPBACK))
+        netlink.create(kernel, _NEWROUTE, everything)
     return tap
 
 
@@ -140,24 +150,6 @@ def _hint() -> str:
     )
 
 
-def _mac(text: str) -> bytes:
+def hardware_address(text: str) -> bytes:
+    """Return the six bytes of an address such as 52:55:0a:00:02:02."""
     return bytes.fromhex(text.replace(":", ""))
-
-
-def _link(index: int) -> bytes:
-    """Return the request's body that switches an interface on."""
-    return struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, _IFF_UP, _IFF_UP)
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    padding = bytes(-len(value) % 4)
-    return struct.pack("=HH", 4 + len(value), kind) + value + padding
-
-
-def _ask(netlink: socket.socket, kind: int, body: bytes, flags: int = 0) -> None:
-    """Send one request to the kernel and read its acknowledgement."""
-    size = 16 + len(body)
-    netlink.send(struct.pack("=IHHII", size, kind, flags | _REQUEST | _ACK, 1, 0) + body)
-    (code,) = struct.unpack_from("=i", netlink.recv(4096), 16)
-    if code:
-        raise OSError(-code, os.strerror(-code))

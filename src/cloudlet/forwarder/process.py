@@ -15,12 +15,13 @@ from cloudlet.forwarder.kernel import set_name
 from cloudlet.forwarder.loop import Loop
 from cloudlet.forwarder.namespace import (
     GUEST_ADDRESS,
-    RightMissingError,
+    NotFurnishedError,
     enter_empty_network,
     give_up_rights,
     plug_in,
 )
 from cloudlet.forwarder.relay import Relay
+from cloudlet.forwarder.uplink import Uplink, plug_into
 from cloudlet.forwarder.wire import Wire
 
 _DESCRIPTORS_BESIDES = 32  # descriptors that are not of a relayed connection, generously
@@ -29,17 +30,17 @@ _DESCRIPTORS_BESIDES = 32  # descriptors that are not of a relayed connection, g
 class Order:
     """What the site orders, as the list of arguments that `cloudlet.hypervisor.qemu.network` makes.
 
-    INSTANCE GUEST_MAC UID GID CONNECTIONS READY LINK [LISTENER:GUESTPORT ...]
+    INSTANCE GUEST_MAC BRIDGE UID GID CONNECTIONS READY LINK [LISTENER:GUESTPORT ...]
 
-    INSTANCE is there for ``ps``. READY, LINK (the other end of QEMU's socket) and each LISTENER are
-    inherited descriptors.
+    INSTANCE is there for ``ps``. BRIDGE is empty where the guest is to be at none. READY, LINK (the
+    other end of QEMU's socket) and each LISTENER are inherited descriptors.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        self.instance, self.guest_mac, *numbers = arguments[:7]
+        self.instance, self.guest_mac, self.bridge, *numbers = arguments[:8]
         self.uid, self.gid, self.connections, self.ready, link = map(int, numbers)
         self.link = socket.socket(fileno=link)
-        ports = [argument.split(":") for argument in arguments[7:]]
+        ports = [argument.split(":") for argument in arguments[8:]]
         self.listeners = [socket.socket(fileno=int(descriptor)) for descriptor, _ in ports]
         self.guest_ports = [int(port) for _, port in ports]
 
@@ -51,18 +52,19 @@ def main(arguments: Sequence[str]) -> int:
     loop = Loop()
     relay = Relay(loop, _raise_limit(order.connections))
     try:
+        uplink = Uplink(plug_into(order.bridge), order.guest_mac) if order.bridge else None
         privileged = enter_empty_network()
         tap = plug_in(order.guest_mac)
         server = dhcp.open_server()
         give_up_rights(order.uid, order.gid, privileged=privileged)
-    except RightMissingError as error:
-        _tell(order.ready, "refused", str(error), error.hint)
+    except NotFurnishedError as error:
+        _tell(order.ready, error.kind, str(error), error.hint)
         os.write(2, f"network process: {error}\n".encode())
         return 1
     except OSError as error:
         _tell(order.ready, "failed", f"the network cannot be furnished: {error.strerror}", "")
         return 1
-    Wire(loop, order.link, tap)
+    Wire(loop, order.link, tap, uplink)
     dhcp.serve(loop, server)
     for listener, port in zip(order.listeners, order.guest_ports, strict=True):
         relay.listen(listener, (GUEST_ADDRESS, port))

@@ -336,7 +336,7 @@ class Receiving(Protocol):
 class ReceivingEarly(Receiving, Protocol):
     """A machine that comes from another site and may run before all of its RAM is there.
 
-    Once :meth:`lack` has been called, pages of RAM come from another thread than :meth:`Receiving.load` is in.
+    Once :meth:`lack` has been called, pages come from another thread than :meth:`Receiving.load` is in.
     """
 
     def lack(self, numbers: Numbers) -> None:

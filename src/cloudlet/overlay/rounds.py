@@ -54,8 +54,8 @@ class RoundWriter:
 
     Memory: the digests of all pages that were named (``digests.py``), 150 bytes for each of the last 16,384
     literals, two frames, 4 bytes for each page that the round has sent or found as the target holds it, and
-    the payloads that nobody has taken. With spans also the literals, 64 MiB. Where pages may be left for later,
-    also the digests of those that :meth:`count` found changed.
+    the payloads that nobody has taken. With spans also the literals, 64 MiB. Where pages may be left for
+    later, also the digests of those that :meth:`count` found changed.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class Left:
     """Pages of RAM that are sent later."""
 
     lately: Numbers
-    """Those that have changed since they were looked at last: who goes on with the machine reads them first."""
+    """Those that have changed since they were looked at last: they are what will be read first."""
     before: Numbers
     """Those that had changed before."""
 

@@ -71,6 +71,8 @@ class Offered:
     seed: str
     needs: str
     instance: Mapping[str, Any]
+    early: bool = False
+    """Whether it may run here before all of its memory is here."""
 
 
 class Arrivals:
@@ -90,11 +92,16 @@ class Arrivals:
         wanted = offered.instance
         root = _root(wanted["root"])
         self._check(root, wanted, offered.needs)
+        if offered.early and (obstacle := self._site.machine.hypervisor.early_obstacle()):
+            raise MismatchError(f"this site cannot switch early: {obstacle}", hint="hand it off without that")
         handoff = Handoff(
             id=offered.id, project_id=wanted["project_id"], user_id=wanted["user_id"],
             instance_id=wanted["id"], direction=Direction.IN, peer_id=peer.id, epoch=wanted["epoch"],
             paused=wanted["paused"],
-            order={"seed": offered.seed, "needs": offered.needs, "instance": dict(wanted)},
+            order={
+                "seed": offered.seed, "needs": offered.needs, "early": offered.early,
+                "instance": dict(wanted),
+            },
         )  # fmt: skip
 
         def admit(connection: Connection) -> tuple[Handoff, Any]:
@@ -156,6 +163,7 @@ class Arrivals:
                     "url": peer.url,
                     "public_key": peer.public_key,
                 },
+                early=handoff.order["early"],
             ),
         )
 
@@ -200,6 +208,27 @@ class Arrivals:
             return self.state(handoff)
         return self._ask(handoff, "drop", _ASK_SECONDS, reason="the source has taken it back")
 
+    def wanted(self, handoff: Handoff, after: int, wait: float) -> PeerState:
+        """Which missing pages the instance has waited for since ``after``, as soon as there is one.
+
+        :raises ConflictError: it does not run before all of its memory is here.
+        """
+        if handoff.state.ended:
+            return _ended(handoff)
+        about: dict[str, Any] = {"after": after, "wait": wait}
+        try:
+            said = self._site.keeping.keepers.ask(
+                handoff.instance_id, "wanted", timeout=wait + _ASK_SECONDS, **about
+            )
+        except CloudletError:
+            if self._site.keeping.keepers.lives(handoff.instance_id):
+                raise
+            return self.state(handoff)
+        state = Ownership(said["state"])
+        if state.ended:
+            return self._said(handoff, state, said["reason"], records=said["records"])
+        return PeerState(state, said["records"], handoff.order["holds"], said, said["reason"])
+
     def take(self, handoff: Handoff) -> PeerState:
         """An operator's word while the source is silent: it runs here, though it may run there too.
 
@@ -216,7 +245,8 @@ class Arrivals:
             return _ended(handoff)
         record = self._record(handoff)
         if record is None:
-            return PeerState(Ownership.DROPPED, reason="its machine is gone")
+            lost = handoff.state is HandoffState.SERVING
+            return PeerState(Ownership.LOST if lost else Ownership.DROPPED, reason="its machine is gone")
         if not self._site.keeping.keepers.lives(handoff.instance_id):
             record = self._left_alone(handoff, record)
         status = self._site.keeping.status(handoff.instance_id)
@@ -277,8 +307,12 @@ class Arrivals:
         records: int = 0,
     ) -> PeerState:
         """Have the rows say what the keeper has decided."""
-        if state is Ownership.RUNNING:
-            return self._arrived(handoff, status)
+        if state is Ownership.FILLING and handoff.state is HandoffState.SERVING:
+            return replace(_ended(handoff), records=records)
+        if state in (Ownership.RUNNING, Ownership.FILLING):
+            return self._arrived(handoff, status, filling=state is Ownership.FILLING, records=records)
+        if state is Ownership.LOST:
+            return self._lost(handoff, FailedError(reason))
         if state is Ownership.DROPPED:
             self.gone(handoff, FailedError(reason or "its machine ended"))
         elif status and (status.handoff or {}).get("in_doubt"):
@@ -287,16 +321,42 @@ class Arrivals:
             self._become(handoff, HandoffState.SWITCHING, {HandoffState.COPYING})
         return PeerState(state, records, handoff.order.get("holds", "base"), reason=reason)
 
-    def _arrived(self, handoff: Handoff, status: Status | None) -> PeerState:
-        """The instance is this site's; can be done again."""
+    def _lost(self, handoff: Handoff, error: CloudletError) -> PeerState:
+        """The instance has ended before all of its memory was here; can be done again."""
+
+        def note(connection: Connection) -> Handoff:
+            before = HANDOFFS.get(connection, handoff.id, lock=True)
+            if before.state.ended:
+                return before
+            done = HANDOFFS.update(connection, handoff.id, state=HandoffState.LOST, error=describe(error))
+            journal.emit(connection, "handoff", HandoffState.LOST, done, instance_id=done.instance_id)
+            return done
+
+        return _ended(self._site.database.write(note))
+
+    def was_lost(self, instance: Instance) -> bool:
+        """Whether an instance was lost on its way here: its source may go on with it."""
+        return self._site.database.read(lambda connection: _was_lost(connection, instance))
+
+    def _arrived(
+        self, handoff: Handoff, status: Status | None, *, filling: bool = False, records: int = 0
+    ) -> PeerState:
+        """The instance is this site's; can be done again.
+
+        :param filling: whether some of its memory is still to come.
+        """
         status = status or self._site.keeping.keepers.status(handoff.instance_id)
         endpoints = endpoints_of(status) if status else []
         wanted = handoff.order["instance"]
 
         def note(connection: Connection) -> Handoff:
             before = HANDOFFS.get(connection, handoff.id, lock=True)
-            if before.state.ended:
-                return before
+            if before.state.ended or (filling and before.state is HandoffState.SERVING):
+                return before  # by another message
+            if before.state is HandoffState.SERVING:  # its row says so already, and may have changed since
+                done = HANDOFFS.update(connection, handoff.id, state=HandoffState.COMPLETED)
+                journal.emit(connection, "handoff", done.state, done, instance_id=done.instance_id)
+                return done
             told = {"endpoints": endpoints, "events_after": journal.last_number(connection)}
             lease = wanted["lease"]
             ends = now() + timedelta(seconds=lease["left"]) if lease["left"] is not None else None
@@ -306,8 +366,9 @@ class Arrivals:
                 moved_to=None, expires_at=ends, lease_seconds=lease["seconds"], warned=lease["warned"],
                 error=None, timings=dict(status.timings) if status else {}, **_described(wanted),
             )  # fmt: skip
-            done = HANDOFFS.update(connection, handoff.id, state=HandoffState.COMPLETED, told=told)
-            journal.emit(connection, "handoff", HandoffState.COMPLETED, done, instance_id=after.id)
+            shown = HandoffState.SERVING if filling else HandoffState.COMPLETED
+            done = HANDOFFS.update(connection, handoff.id, state=shown, told=told)
+            journal.emit(connection, "handoff", shown, done, instance_id=after.id)
             journal.emit(
                 connection, "instance", "arrived", after, state=state, endpoints=endpoints,
                 handoff_id=handoff.id, from_=handoff.peer_id,
@@ -318,13 +379,17 @@ class Arrivals:
         self._site.leases.look()
         # It may have ended since.
         self._site.keeping.look_again(handoff.instance_id)
-        return _ended(done)
+        return replace(_ended(done), records=records)
 
     def _left_alone(self, handoff: Handoff, record: Record) -> Record:
         """What a keeper that was killed has decided: a machine that never ran is dropped."""
         if record.state in (Ownership.RECEIVING, Ownership.LOADED):
             file = OwnershipFile(self._site.keeping.folder(handoff.instance_id), record)
             file.become(Ownership.DROPPED, reason="its machine ended")
+            record = file.record
+        elif record.state is Ownership.FILLING:
+            file = OwnershipFile(self._site.keeping.folder(handoff.instance_id), record)
+            file.become(Ownership.LOST, reason="its machine ended before all of its memory had come")
             record = file.record
         return record
 
@@ -368,7 +433,9 @@ class Arrivals:
             if overlay := self._overlay(connection, wanted):
                 coming = replace(coming, overlay_id=overlay.id, restart=bool(wanted["restart"]))
             return INSTANCES.insert(connection, coming)
-        if here.state is not InstanceState.MOVED:
+        # One that was lost here has gone on where it came from.
+        lost = here.state is InstanceState.FAILED and _was_lost(connection, here)
+        if here.state is not InstanceState.MOVED and not lost:
             raise ConflictError(f"instance {here.id} is here, and {here.state}")
         return INSTANCES.update(connection, here.id, state=InstanceState.MOVING)
 
@@ -377,7 +444,8 @@ class Arrivals:
 
         :raises ConflictError: it has.
         """
-        done = HANDOFFS.list(connection, instance_id=wanted["id"], state=HandoffState.COMPLETED)
+        states = (HandoffState.COMPLETED, HandoffState.LOST)
+        done = HANDOFFS.list(connection, instance_id=wanted["id"], state=states)
         epochs = [one.epoch + (one.direction is Direction.IN) for one in done]
         last = max([*epochs, here.epoch if here else 0])
         if wanted["epoch"] <= last:
@@ -440,9 +508,19 @@ def _described(wanted: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": wanted["name"], "metadata": dict(wanted["metadata"])}
 
 
+def _was_lost(connection: Connection, instance: Instance) -> bool:
+    came = HANDOFFS.list(connection, instance_id=instance.id, direction=Direction.IN, state=HandoffState.LOST)
+    return any(one.epoch + 1 == instance.epoch for one in came)
+
+
 def _ended(handoff: Handoff) -> PeerState:
     """What is told of a hand-off that is not the keeper's any more, or not yet."""
-    states = {HandoffState.COMPLETED: Ownership.RUNNING.value, HandoffState.REVERTED: Ownership.DROPPED.value}
+    states = {
+        HandoffState.SERVING: Ownership.FILLING.value,
+        HandoffState.COMPLETED: Ownership.RUNNING.value,
+        HandoffState.REVERTED: Ownership.DROPPED.value,
+        HandoffState.LOST: Ownership.LOST.value,
+    }
     error = handoff.error or {}
     return PeerState(
         states.get(handoff.state, "preparing"), told=dict(handoff.told or {}), reason=error.get("message", "")

@@ -124,6 +124,7 @@ class Departures:
             "id": handoff.id,
             "seed": handoff.order["seed"],
             "needs": needs,
+            **({"early": True} if handoff.order["terms"]["early"] else {}),
             "instance": {
                 "id": instance.id,
                 "epoch": handoff.epoch,
@@ -187,8 +188,17 @@ class Departures:
 
         self._site.database.write(note)
 
-    def moved(self, handoff: Handoff, told: Mapping[str, Any], statistics: Mapping[str, Any]) -> None:
-        """The instance is the peer's: its row says where it is; can be done again."""
+    def moved(
+        self,
+        handoff: Handoff,
+        told: Mapping[str, Any],
+        statistics: Mapping[str, Any],
+        lost: Mapping[str, Any] | None = None,
+    ) -> None:
+        """The instance is the peer's: its row says where it is; can be done again.
+
+        :param lost: why it has ended there before all of its memory was there, if it has.
+        """
         peer = self._peer(handoff)
         where = {
             "cloudlet_id": peer.id,
@@ -197,17 +207,19 @@ class Departures:
             "events_after": told.get("events_after"),
         }
 
+        state = HandoffState.LOST if lost else HandoffState.COMPLETED
+
         def note(connection: Connection) -> None:
             if HANDOFFS.get(connection, handoff.id, lock=True).state.ended:
                 return
             done = HANDOFFS.update(
-                connection, handoff.id, state=HandoffState.COMPLETED, told=where, statistics=dict(statistics)
+                connection, handoff.id, state=state, told=where, statistics=dict(statistics), error=lost
             )
             after = INSTANCES.update(
                 connection, handoff.instance_id, state=InstanceState.MOVED, endpoints=[], moved_to=where,
                 expires_at=None,
             )  # fmt: skip
-            journal.emit(connection, "handoff", HandoffState.COMPLETED, done, instance_id=after.id)
+            journal.emit(connection, "handoff", state, done, instance_id=after.id)
             journal.emit(connection, "instance", "moved", after, handoff_id=handoff.id, moved_to=where)
 
         self._site.database.write(note)
@@ -220,13 +232,21 @@ class Departures:
         if record and record.handoff == handoff.id and record.state is Ownership.COMPLETED:
             self.moved(handoff, record.told, {})
             return
+        if record and record.handoff == handoff.id and record.state is Ownership.LOST:
+            self.moved(handoff, record.told, {}, lost=describe(error))
+            return
         lives = self._site.keeping.keepers.lives(handoff.instance_id)
         open_ = record and record.handoff == handoff.id and not record.state.ended
-        if record and open_ and (lives or record.state is Ownership.COMMITTED):
+        given_away = record is not None and record.state in (Ownership.COMMITTED, Ownership.SERVING)
+        if record and open_ and (lives or given_away):
             # What failed was to wait: nobody knows yet. The keeper's word, or `handoff resolve`, goes on.
-            in_doubt = record.state is Ownership.COMMITTED
+            in_doubt = given_away
             self.note(handoff.id, record.state, in_doubt=in_doubt, error=describe(error))
             return
+
+        # Above that of the copy at the target, which has run.
+        undone = record is not None and record.handoff == handoff.id and record.as_of_switch
+        epoch = handoff.epoch + (2 if undone else 0)
 
         def note(connection: Connection) -> None:
             if HANDOFFS.get(connection, handoff.id, lock=True).state.ended:
@@ -237,7 +257,7 @@ class Departures:
             if before.state is not InstanceState.MOVING:
                 return
             state = InstanceState.PAUSED if handoff.paused else InstanceState.ACTIVE
-            after = INSTANCES.update(connection, before.id, state=state)
+            after = INSTANCES.update(connection, before.id, state=state, epoch=epoch)
             journal.emit(connection, "instance", "stayed", after, handoff_id=handoff.id, error=done.error)
 
         self._site.database.write(note)
@@ -248,7 +268,7 @@ class Departures:
     def look_at(self, instance: Instance, status: Status) -> None:
         """Go on with a hand-off that nobody waits for any more, as its keeper has brought it to an end."""
         said = status.handoff or {}
-        decided = said.get("state") in (Ownership.COMPLETED, Ownership.REVERTED)
+        decided = said.get("state") in (Ownership.COMPLETED, Ownership.REVERTED, Ownership.LOST)
         if status.state is not KeeperState.ENDED and not decided:
             return
         leaving = {"instance_id": instance.id, "direction": Direction.OUT, "state": _OPEN}
@@ -284,6 +304,20 @@ class Departures:
         """
         self._site.keeping.keepers.ask(handoff.instance_id, "keep")
 
+    def resume_as_of_switch(self, handoff: Handoff) -> None:
+        """An operator's word: it goes on here as it was when it was switched early.
+
+        :raises ConflictError: it runs at the peer, there is nothing to decide, or its machine is gone.
+        """
+        self._site.keeping.keepers.ask(handoff.instance_id, "resume_as_of_switch")
+
+    def give_up(self, handoff: Handoff) -> None:
+        """An operator's word: what is kept here of an instance that was switched early is ended.
+
+        :raises ConflictError: it runs at the peer, there is nothing to decide, or its machine is gone.
+        """
+        self._site.keeping.keepers.ask(handoff.instance_id, "give_up")
+
     def cancel(self, handoff: Handoff) -> Operation:
         """Have the instance stay.
 
@@ -303,7 +337,10 @@ class Departures:
             record = read_record(self._site.keeping.folder(handoff.instance_id))
         if record and record.handoff == handoff.id:
             return PeerState(record.state, reason=record.reason)
-        known = {HandoffState.COMPLETED: Ownership.COMPLETED, HandoffState.REVERTED: Ownership.REVERTED}
+        known = {
+            HandoffState.COMPLETED: Ownership.COMPLETED, HandoffState.REVERTED: Ownership.REVERTED,
+            HandoffState.LOST: Ownership.LOST,
+        }  # fmt: skip
         return PeerState(known.get(handoff.state, Ownership.COPYING))
 
     def accepted(self, handoff: Handoff, holds: str) -> None:

@@ -212,7 +212,8 @@ class Instances:
             before = INSTANCES.get(connection, instance.id, lock=True)  # who deletes it too waits here
             if before.state is InstanceState.MOVING:
                 raise ConflictError(
-                    f"instance {instance.id} is being handed off", hint="wait for that, or cancel the hand-off"
+                    f"instance {instance.id} is being handed off",
+                    hint="wait for that, or cancel the hand-off",
                 )
             for begun in self._site.work.open_on(connection, instance.id):
                 if begun.kind == "instance.delete":

@@ -180,7 +180,10 @@ class Keeping:
             if instance.state is InstanceState.MOVING:
                 self._site.arrivals.look_at(instance, status)
                 self._site.departures.look_at(instance, status)
-            elif status.state is KeeperState.ENDED:
+                return
+            if status.handoff:
+                self._site.arrivals.look_at(instance, status)  # it runs before all of its memory is here
+            if status.state is KeeperState.ENDED:
                 self._machine_ended(instance, status)
             elif status.state is KeeperState.READY:
                 self._note(instance, status)
@@ -208,6 +211,7 @@ class Keeping:
     def _ended(self, instance: Instance, error: dict[str, str]) -> None:
         """A machine has ended that should run."""
         restart = instance.restart and instance.restarts < MOST_RESTARTS
+        restart = restart and not self._site.arrivals.was_lost(instance)
         self._site.machine.hypervisor.reap()
 
         def note(connection: Connection) -> Any:

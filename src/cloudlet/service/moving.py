@@ -9,7 +9,7 @@ from contextlib import suppress
 from cloudlet.control.courier import PeerState, answered
 from cloudlet.control.ownership import Ownership
 from cloudlet.errors import CloudletError, FailedError, UnreachableError
-from cloudlet.keeper.order import KeeperState, Status, raised
+from cloudlet.keeper.order import KeeperState, Status, describe, raised
 from cloudlet.service.departures import Departures
 from cloudlet.service.steps import Flow, Lane, Running, Step
 from cloudlet.store.rows import Handoff, HandoffState
@@ -126,6 +126,7 @@ class Move(_OfHandoff):
             self.departures.note(
                 status.handoff["id"], Ownership(status.handoff["state"]),
                 in_doubt=status.handoff["in_doubt"], forecast=status.handoff["forecast"],
+                error=describe(FailedError(why)) if (why := status.handoff.get("error")) else None,
             )  # fmt: skip
 
 

@@ -32,8 +32,8 @@ from cloudlet.transfer.description import Description, check_url
 
 SCHEME = "Cloudlet-Peer"
 """Of the header ``Authorization``."""
-CLOCK_CODE = "cloudlet.peer.clock"
-"""Of the answer to a token whose time is wrong."""
+CLOCK_REASON = "clock"
+"""Of the answer to a token whose time is wrong, whatever was asked for."""
 DESCRIPTION_PATH = "/v1/peer"
 _MOST_ANSWER_BYTES = 4 << 20
 _KEPT_SECONDS = 5.0
@@ -141,7 +141,7 @@ class PeerConnection:
             problem = _problem(answer, self._line.url)
             if problem is None:
                 return answer
-            if corrected or problem.code != CLOCK_CODE or not repeatable or not self._correct(answer):
+            if corrected or problem.reason != CLOCK_REASON or not repeatable or not self._correct(answer):
                 raise problem
         raise AssertionError  # the second one returns or raises
 

@@ -211,7 +211,9 @@ class Wire:
         """What a site does whose keeper was killed: a machine that never ran is dropped."""
         record = self._target.record()
         if record and record.state in (Ownership.RECEIVING, Ownership.LOADED):
-            OwnershipFile(self._target.folder, record).become(Ownership.DROPPED, reason="its keeper was killed")
+            OwnershipFile(self._target.folder, record).become(
+                Ownership.DROPPED, reason="its keeper was killed"
+            )
         return True
 
     def _say(self) -> PeerState:
@@ -309,7 +311,9 @@ class World:
                 # Its site has found it out, and brings to an end what was written down.
                 record = source.record()
                 assert record
-                left = Departure(OwnershipFile(source.folder, record), wire_of_the_site(wire, source), Terms())
+                left = Departure(
+                    OwnershipFile(source.folder, record), wire_of_the_site(wire, source), Terms()
+                )
                 self._run(left.conclude)
             settled.join(60.0)
             assert not settled.is_alive(), "the target does not settle"
@@ -333,9 +337,7 @@ class World:
 
     def _departure(self, source: End, wire: Wire, number: int, *, full: bool) -> Departure:
         assert source.machine
-        parcel = Parcel(
-            source.machine, KnownPages(self._pages), self._index, _SEED + number, with_layer=True
-        )
+        parcel = Parcel(source.machine, KnownPages(self._pages), self._index, _SEED + number, with_layer=True)
         record = Record(str(number), "one", self.epoch, Ownership.COPYING)
         terms = Terms(patience_seconds=1.0, verify_full=full)
         return Departure(MortalFile(source.folder, record, source.dead), wire, terms, parcel)

@@ -116,7 +116,10 @@ class world:  # noqa: N801 (a context)
     def __enter__(self) -> World:
         self._folder = tempfile.TemporaryDirectory()
         self._world = World(
-            Path(self._folder.name), _SHARED["base"], _SHARED["pages"], _SHARED["index"]  # type: ignore[arg-type]
+            Path(self._folder.name),
+            _SHARED["base"],
+            _SHARED["pages"],
+            _SHARED["index"],  # type: ignore[arg-type]
         )
         return self._world
 

@@ -35,6 +35,12 @@ def test_what_was_decided_is_read_again(tmp_path: Path) -> None:
         (Ownership.RUNNING, Ownership.DROPPED),
         (Ownership.DROPPED, Ownership.RUNNING),
         (Ownership.LOADED, Ownership.COMMITTED),
+        (Ownership.SWITCHING, Ownership.SERVING),
+        (Ownership.COMMITTED, Ownership.LOST),
+        (Ownership.LOADED, Ownership.LOST),
+        (Ownership.FILLING, Ownership.DROPPED),
+        (Ownership.LOST, Ownership.REVERTED),
+        (Ownership.LOST, Ownership.RUNNING),
     ],
 )
 def test_what_cannot_follow_is_refused(tmp_path: Path, before: Ownership, after: Ownership) -> None:

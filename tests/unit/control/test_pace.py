@@ -63,3 +63,38 @@ def test_the_first_forecast_is_of_all_of_it(clock: list[float]) -> None:
     begun = one.begun(30_000, 10_000)
     assert begun.bytes == one.forecast(30_000, 10_000).bytes
     assert begun.pause_seconds < begun.seconds
+
+
+def test_it_switches_early_when_rounds_bring_nothing(clock: list[float]) -> None:
+    one = Pace(Terms(pause_seconds=0.1, deadline_seconds=600, early=True), rate=10 * MEGABIT)
+    for number, size in enumerate((20_000_000, 10_000_000, 9_900_000, 9_000_000), 1):
+        one.ended(Round(number, looked=30_000, changed=8000, bytes=size))
+        left = one.forecast(30_000, 8000)
+        assert one.leaves(left), "it does not fit"
+        assert one.switches(left) == (number == 4), "two rounds in a row have brought nothing"
+
+
+def test_it_does_not_switch_early_unless_it_may(clock: list[float]) -> None:
+    one = Pace(Terms(pause_seconds=0.1, deadline_seconds=600), rate=10 * MEGABIT)
+    for number in range(1, 6):
+        one.ended(Round(number, looked=30_000, changed=8000, bytes=10_000_000))
+    left = one.forecast(30_000, 8000)
+    assert not one.switches(left)
+    assert not one.leaves(left)
+
+
+def test_what_fits_is_not_left(clock: list[float]) -> None:
+    one = Pace(Terms(pause_seconds=0.1, early=True), rate=100 * MEGABIT)
+    one.ended(Round(1, looked=30_000, changed=1000, bytes=1_000_000))
+    left = one.forecast(10_000, 100)
+    assert one.switches(left)
+    assert not one.leaves(left)
+    assert not left.can_be_lost
+
+
+def test_an_early_switch_hardly_depends_on_what_is_left(clock: list[float]) -> None:
+    one = Pace(Terms(early=True), rate=10 * MEGABIT)
+    whole, early = one.forecast(30_000, 10_000), one.early(30_000, 10_000)
+    assert whole.pause_seconds > 8
+    assert early.pause_seconds < 0.2
+    assert (early.bytes, early.seconds, early.can_be_lost) == (whole.bytes, whole.seconds, True)

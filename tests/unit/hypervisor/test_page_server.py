@@ -16,6 +16,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -641,3 +642,49 @@ def test_where_it_cannot_be_nothing_is_started(serve: Serve, monkeypatch: pytest
             serve([BASE])
     finally:
         page_server.obstacle.cache_clear()
+
+
+def test_what_was_read_before_a_page_came_again_is_forgotten(serve: Serve, reader) -> None:
+    """While pages may change, whoever has read one sees what came after, once it is settled."""
+    served = serve([BASE, BASE, HERE, BASE], push_pages=4, changes=True)
+    process = reader(served)
+    old = [process.read(page * PAGE_BYTES, page * PAGE_BYTES + 16) for page in range(4)]
+    assert old == [text("base", 0)[:16], text("base", 1)[:16], text("here", 2)[:16], text("base", 3)[:16]]
+    served.bring(RAM, 1)
+    os.pwrite(served.deltas[RAM], text("newer", 2), 2 * PAGE_BYTES)
+    served.server.arrived(RAM, np.array([2], np.uint32))
+    served.server.settle()
+    new = [process.read(page * PAGE_BYTES, page * PAGE_BYTES + 16) for page in range(4)]
+    assert new == [text("base", 0)[:16], text("here", 1)[:16], text("newer", 2)[:16], text("base", 3)[:16]]
+    served.server.settle()  # once is enough, and again does nothing
+
+
+def test_a_page_that_was_there_may_be_missing_again(serve: Serve, reader) -> None:
+    served = serve([BASE, HERE, BASE, BASE], push_pages=0, changes=True)
+    process = reader(served)
+    assert process.read(PAGE_BYTES, PAGE_BYTES + 16) == text("here", 1)[:16]
+    served.server.expect(RAM, np.array([1, 2], np.uint32))
+    paging = served.server.progress()
+    assert (paging.missing, paging.complete) == (2, False)
+    served.server.settle()
+    process.ask(PAGE_BYTES, PAGE_BYTES + 16)
+    assert served.wanted.get(timeout=DEADLINE) == (RAM, 1, 1)
+    assert process.waits()
+    os.pwrite(served.deltas[RAM], text("newer", 1), PAGE_BYTES)
+    served.server.arrived(RAM, np.array([1], np.uint32))
+    assert process.answer() == text("newer", 1)[:16]
+    assert served.server.progress().missing == 1
+
+
+def test_it_is_settled_while_somebody_waits(serve: Serve, reader) -> None:
+    """A page that is being read holds up the kernel, not who brings it."""
+    served = serve([MISSING, BASE], push_pages=0, changes=True)
+    process = reader(served)
+    process.ask(0, 16)
+    assert served.wanted.get(timeout=DEADLINE) == (RAM, 0, 1)
+    settled = threading.Thread(target=served.server.settle)
+    settled.start()
+    served.bring(RAM, 0)
+    settled.join(DEADLINE)
+    assert not settled.is_alive()
+    assert process.answer() == text("here", 0)[:16]

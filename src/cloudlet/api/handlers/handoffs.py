@@ -15,7 +15,7 @@ from cloudlet.api.schemas.handoffs import (
 )
 from cloudlet.errors import ConflictError, NotFoundError, RefusedError
 from cloudlet.service.departures import Wish
-from cloudlet.store.rows import HANDOFFS, INSTANCES, OPERATIONS, PEERS, Direction, Handoff
+from cloudlet.store.rows import APPS, HANDOFFS, INSTANCES, OPERATIONS, PEERS, Direction, Handoff, Instance
 
 
 def list(call: Call, query: HandoffsQuery) -> HandoffsBody:  # noqa: A001 (it is what it is called on the wire)
@@ -39,6 +39,11 @@ def create(call: Call, body: HandoffCreateBody) -> Answer:
     peer = call.site.database.read(lambda connection: PEERS.find(connection, id=wanted.peer_id))
     if peer is None:
         raise NotFoundError(f"there is no peer {wanted.peer_id}", hint="cloudlet peer list")
+    if wanted.switch == "early" and not (call.allows("admin", instance) or _allows_early(call, instance)):
+        raise ConflictError(
+            "the app's policy does not allow an early switch, in which an instance can be lost",
+            hint="its publisher can: cloudlet app set APP --early-hand-off; or have an operator do it",
+        )
     settings = call.site.options.peers
     terms = wanted.terms(settings.patience_seconds, settings.bytes_per_second)
     wish = Wish(peer, terms, wanted.overlay)
@@ -71,8 +76,22 @@ def resolve(call: Call, handoff: Handoff, body: ResolveBody) -> Answer | Handoff
         raise ConflictError(f"the instance {way}: it cannot be resolved by {action}")
     if action == "retry":
         return accepted(call, call.site.departures.resolve(handoff))
-    if leaves:
-        call.site.departures.keep(handoff)
-    else:
-        call.site.arrivals.take(handoff)
+    departures = call.site.departures
+    match action:
+        case "keep":
+            departures.keep(handoff)
+        case "resume_as_of_switch":
+            departures.resume_as_of_switch(handoff)
+        case "give_up":
+            departures.give_up(handoff)
+        case "take":
+            call.site.arrivals.take(handoff)
     return HandoffBody(handoff=HandoffView.of(call.site.departures.get(handoff.id)))
+
+
+def _allows_early(call: Call, instance: Instance) -> bool:
+    """Whether the app's publisher has said that its instances may be lost on their way."""
+    if not instance.app_id:
+        return False
+    app = call.site.database.read(lambda connection: APPS.find(connection, id=instance.app_id))
+    return bool(app and app.descriptor.get("handoff", {}).get("early"))

@@ -11,8 +11,11 @@ from cloudlet.api.schemas.handoffs import (
     OfferBody,
     PeerStateBody,
     PeerStateView,
+    PeerWantedBody,
+    PeerWantedView,
     RecordsQuery,
     StateQuery,
+    WantedQuery,
 )
 from cloudlet.api.schemas.peers import (
     CapabilitiesBody,
@@ -68,6 +71,13 @@ def records(call: Call, handoff: Handoff, query: RecordsQuery, upload: Upload) -
         raise LimitError(f"{upload.length} bytes of records came; {MOST_RECORDS_BYTES} are allowed at a time")
     body = _read(upload)
     return _state(call, call.site.arrivals.records(_coming(handoff), query.first, body))
+
+
+def wanted(call: Call, handoff: Handoff, query: WantedQuery) -> PeerWantedBody:
+    """WANTED: which missing pages the instance has waited for, as soon as there is one."""
+    with call.waiters.one():
+        found = call.site.arrivals.wanted(_coming(handoff), query.after, query.wait)
+    return PeerWantedBody(handoff=PeerWantedView.of(found, call.site.api_url))
 
 
 def commit(call: Call, handoff: Handoff, body: CommitBody) -> PeerStateBody:

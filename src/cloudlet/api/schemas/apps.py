@@ -57,6 +57,14 @@ class Intent(Incoming):
     )
 
 
+class HandOffPolicy(Incoming):
+    """What may be done to instances of the app on their way to another cloudlet."""
+
+    early: bool = Field(
+        False, description="whether one may be resumed there before all of its memory is; it can be lost then"
+    )
+
+
 class AppCreate(Incoming):
     """An app: what is to be run, and how."""
 
@@ -68,6 +76,7 @@ class AppCreate(Incoming):
     restart: bool = Field(False, description="whether an instance that ends by itself is started again")
     lease_seconds: Seconds | None = None
     intent: Intent = Intent()
+    handoff: HandOffPolicy = HandOffPolicy()
 
     def descriptor(self) -> dict[str, Any]:
         """What is kept of it besides its name."""
@@ -92,6 +101,7 @@ class AppUpdate(Incoming):
     restart: bool | None = None
     lease_seconds: Seconds | None = None
     intent: Intent | None = None
+    handoff: HandOffPolicy | None = None
 
 
 class AppUpdateBody(Incoming):
@@ -112,6 +122,7 @@ class AppView(View):
     restart: bool
     lease_seconds: int | None
     intent: Mapping[str, Any]
+    handoff: Mapping[str, Any]
     project_id: str
     user_id: str
     created_at: Moment
@@ -124,7 +135,7 @@ class AppView(View):
             name=row.name,
             version=row.version,
             public=row.public,
-            **row.descriptor,
+            **{"handoff": HandOffPolicy().model_dump(), **row.descriptor},
             project_id=row.project_id,
             user_id=row.user_id,
             created_at=row.created_at,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from cloudlet.api.schemas.common import (
     ErrorView,
@@ -50,6 +50,17 @@ class HandoffCreate(Incoming):
     overlay: Needs = Field(
         "any", description="whether the target may, must or shall not build on the app's overlay"
     )
+    switch: Literal["whole", "early"] = Field(
+        "whole",
+        description="early: if what is left cannot fit into the pause, it is resumed at the target first and "
+        "follows then; the instance can be lost meanwhile. The app's policy or an operator must allow it",
+    )
+
+    @model_validator(mode="after")
+    def _can_be_verified(self) -> Self:
+        if self.switch == "early" and self.verify == "full":
+            raise ValueError("verify full needs all memory before the switch, which is then not early")
+        return self
 
     def terms(self, patience: float, most_bytes_per_second: float | None) -> Terms:
         """What the keeper is told of it."""
@@ -60,6 +71,7 @@ class HandoffCreate(Incoming):
             patience_seconds=patience,
             bytes_per_second=min(wanted, default=0.0),
             verify_full=self.verify == "full",
+            early=self.switch == "early",
         )
 
 
@@ -137,9 +149,10 @@ class ResolveBody(Incoming):
     class Resolve(Incoming):
         """An operator's word."""
 
-        action: Literal["retry", "keep", "take"] = Field(
+        action: Literal["retry", "keep", "take", "resume_as_of_switch", "give_up"] = Field(
             description="retry: ask the peer again. keep (at the source), take (at the target): the instance "
-            "runs here; if it runs there too, there are two of it"
+            "runs here; if it runs there too, there are two of it. After an early switch, at the source: "
+            "resume_as_of_switch: it goes on as it was then; give_up: it is lost"
         )
 
     resolve: Resolve
@@ -188,11 +201,12 @@ class Offer(Incoming):
     id: Identifier
     seed: str = Field(pattern=r"^[0-9a-f]{16}$")
     needs: Needs = "any"
+    early: bool = Field(False, description="whether it may run before all of its memory is there")
     instance: OfferedInstance
 
     def offered(self) -> Offered:
         """As the service takes it."""
-        return Offered(self.id, self.seed, self.needs, self.instance.model_dump())
+        return Offered(self.id, self.seed, self.needs, self.instance.model_dump(), self.early)
 
 
 class OfferBody(Incoming):
@@ -216,6 +230,13 @@ class RecordsQuery(Incoming):
 class StateQuery(Incoming):
     """How long to wait for another state than preparing."""
 
+    wait: int = Field(0, ge=0, le=LONGEST_WAIT, description="seconds")
+
+
+class WantedQuery(Incoming):
+    """Since when, and how long to wait."""
+
+    after: int = Field(0, ge=0, description="what was answered before as wanted_after")
     wait: int = Field(0, ge=0, le=LONGEST_WAIT, description="seconds")
 
 
@@ -248,3 +269,28 @@ class PeerStateBody(View):
     """What this end of a hand-off is."""
 
     handoff: PeerStateView
+
+
+class PeerWantedView(PeerStateView):
+    """What an instance waits for that runs before all of its memory is there."""
+
+    missing: int = Field(description="pages that have not come")
+    wanted: list[int] = Field(description="those that it has waited for since, and that have not come")
+    wanted_after: int | None = Field(description="what to ask with next; null if it waits for none any more")
+
+    @classmethod
+    def of(cls, state: PeerState, api_url: str) -> PeerWantedView:
+        told = state.told or {}
+        known = PeerStateView.of(state, api_url).model_dump()
+        return cls(
+            **known,
+            missing=told.get("missing") or 0,
+            wanted=list(told.get("wanted") or ()),
+            wanted_after=told.get("wanted_after"),
+        )
+
+
+class PeerWantedBody(View):
+    """What an instance waits for."""
+
+    handoff: PeerWantedView

@@ -78,6 +78,9 @@ class Create(ShowsOne):
         parser.add_argument("--latency", type=float, metavar="MS", help="the latency that it needs")
         parser.add_argument("--bandwidth", type=float, metavar="MBIT", help="the bandwidth that it needs")
         parser.add_argument("--accelerator", action="append", metavar="KIND", help="what it computes with")
+        parser.add_argument(
+            "--early-hand-off", action="store_true", help="allow hand-offs in which an instance can be lost"
+        )
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Columns:
@@ -94,6 +97,7 @@ class Create(ShowsOne):
             "summary": parsed_args.summary,
             "public": not parsed_args.private,
             "restart": parsed_args.restart,
+            "handoff": {"early": parsed_args.early_hand_off},
             **_given({"lease_seconds": parsed_args.lease}),
         }
         overlay = self.client.find_overlay(parsed_args.overlay)
@@ -162,6 +166,20 @@ class Set(ShowsOne):
         again.add_argument(
             "--no-restart", dest="restart", action="store_false", default=None, help="let them be ended"
         )
+        early = parser.add_mutually_exclusive_group()
+        early.add_argument(
+            "--early-hand-off",
+            action="store_true",
+            default=None,
+            help="allow hand-offs in which an instance can be lost",
+        )
+        early.add_argument(
+            "--no-early-hand-off",
+            dest="early_hand_off",
+            action="store_false",
+            default=None,
+            help="allow none",
+        )
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Columns:
@@ -172,6 +190,8 @@ class Set(ShowsOne):
             "restart": parsed_args.restart,
             "lease_seconds": parsed_args.lease,
         }
+        if parsed_args.early_hand_off is not None:
+            changes["handoff"] = {"early": parsed_args.early_hand_off}
         if parsed_args.overlay:
             changes["components"] = [{"overlay_id": self.client.find_overlay(parsed_args.overlay).id}]
         given = {name: value for name, value in changes.items() if value is not None}

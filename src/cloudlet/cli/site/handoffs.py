@@ -48,6 +48,12 @@ class Create(ShowsOne):
             choices=("any", "overlay", "nothing"),
             help="whether the target may, must or shall not build on the app's overlay (default: any)",
         )
+        parser.add_argument(
+            "--switch",
+            choices=("whole", "early"),
+            help="early: if what is left cannot fit into the pause, have it go on there before all of its "
+            "memory is there; until then it can be lost (default: whole)",
+        )
         parser.add_argument("--no-wait", action="store_true", help="do not wait until it runs there")
         return parser
 
@@ -58,6 +64,7 @@ class Create(ShowsOne):
             "bandwidth_mbit": parsed_args.bandwidth,
             "verify": parsed_args.verify,
             "overlay": parsed_args.overlay,
+            "switch": parsed_args.switch,
         }
         operation = self.client.hand_off(
             self.client.find_instance(parsed_args.instance),
@@ -118,6 +125,10 @@ class Resolve(Show):
     stands still meanwhile, and goes on by itself when that site is back. If it does not come back: --keep (at
     the site that the instance leaves) or --take (at the one that it comes to) has it run here. If it runs
     at the other site too, there are two of it from then on, with the same name and the same users.
+
+    After an early switch (--switch early) it may have ended at the other site before all of its memory had
+    come there. The site that it left keeps it, paused, as it was at the switch: --resume-as-of-switch has it
+    go on from there, without what it did since; --give-up ends it.
     """
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
@@ -126,6 +137,20 @@ class Resolve(Show):
         how.add_argument("--retry", action="store_const", dest="action", const="retry", help="ask again")
         how.add_argument("--keep", action="store_const", dest="action", const="keep", help="it stays here")
         how.add_argument("--take", action="store_const", dest="action", const="take", help="it runs here")
+        how.add_argument(
+            "--resume-as-of-switch",
+            action="store_const",
+            dest="action",
+            const="resume_as_of_switch",
+            help="it goes on here as it was at the switch",
+        )
+        how.add_argument(
+            "--give-up",
+            action="store_const",
+            dest="action",
+            const="give_up",
+            help="what is kept here is ended",
+        )
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Columns:

@@ -123,6 +123,7 @@ def app(row: App) -> Shown:
         "overlay_id": row.overlay_id,
         "restart": row.restart,
         "lease_seconds": row.lease_seconds,
+        "early_hand_off": bool(row.handoff["early"]),
         **_owned(row),
     }
 

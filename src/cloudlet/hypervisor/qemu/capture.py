@@ -2,8 +2,8 @@
 
 An instance stands on its base, and, where it was started from an app's image, on a layer of the app's
 pages between them (:class:`~cloudlet.hypervisor.driver.Layer`). The kernel tells only what the guest has
-written since. So what it never wrote but the layer brings is added from the layer's files; and likewise what has
-come from another site into a file of the machine's own.
+written since. So what it never wrote but the layer brings is added from the layer's files; and what came from
+another site likewise, from a file of the machine's own.
 """
 
 from __future__ import annotations

@@ -485,7 +485,11 @@ class QemuHypervisor:
             log = _open(always, workspace.path / "network.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             environment = workspace.environment()
             own = {} if record.uid is None else {"uid": record.uid, "gid": record.uid}
-            network = start_network(bound, str(workspace.path), log, environment=environment, **own)
+            # What is made into something, a base or an overlay, is nobody's to reach.
+            bridge = self._settings.bridge if record.overlay_id else ""
+            network = start_network(
+                bound, str(workspace.path), log, environment=environment, bridge=bridge, **own
+            )
             on_error.callback(network.release)
             always.callback(network.close_qemu_fd)
             record = replace(record, network=ProcessId(network.pid, network.start_time))

@@ -103,7 +103,7 @@ class QemuInstance:
         return self._layer.layer if self._layer else None
 
     def stands_on(self, ram: Path, received: Numbers) -> None:
-        """Pages that the guest has not written are not only its base's and layer's: some came from another site.
+        """Some of the pages that the guest has not written have come from another site.
 
         :param ram: the file that holds these, and those of the layer.
         """
@@ -154,6 +154,8 @@ class QemuInstance:
         """Have the network process stand still, or go on: what it does not accept waits in the kernel."""
         if self.record.network:
             self.record.network.send_signal(signal.SIGSTOP if hold else signal.SIGCONT)
+        if not hold:
+            self.announce()  # its copy at another site may have done so already
 
     def generation_id(self) -> str:
         return str(self.monitor.execute("query-vm-generation-id")["guid"])

@@ -39,6 +39,8 @@ _ESTABLISHED = "01"
 _LOOK_SECONDS = 0.02
 _BACKLOG = 128  # connections that wait in the kernel until the process is there
 _KEEPALIVE_SECONDS = 60  # of silence, before a client is asked whether it is still there
+_ERRORS: dict[str, type[CloudletError]] = {"refused": RefusedError, "taken": ConflictError}
+"""What the process's word for its failure means."""
 _FORWARDER = Path(__file__).parents[2] / "forwarder" / "__main__.py"
 
 
@@ -128,6 +130,7 @@ class NetworkProcess:
         After an error nothing is left of the process.
 
         :raises RefusedError: the user may not make a network namespace or a tap device.
+        :raises ConflictError: another guest is at the bridge.
         :raises FailedError: the process ended, or the deadline passed.
         """
         if self._ready is None:
@@ -136,9 +139,8 @@ class NetworkProcess:
             kind, *fields = _read_line(self._ready, deadline).split("\t")
             if kind != "ready":
                 message, hint = fields
-                raise (RefusedError if kind == "refused" else FailedError)(
-                    f"the guest's network did not start: {message}", hint=hint
-                )
+                error = _ERRORS.get(kind, FailedError)
+                raise error(f"the guest's network did not start: {message}", hint=hint)
         except CloudletError:
             self.stop()
             raise
@@ -207,12 +209,14 @@ def start_network(
     uid: int = NOBODY,
     gid: int = NOBODY,
     max_connections: int = MAX_CONNECTIONS,
+    bridge: str = "",
 ) -> NetworkProcess:
     """Start the network process of ``instance``; it is not ready yet (`NetworkProcess.wait_ready`).
 
     The listeners of ``ports`` are closed here, also after an error. The process writes to
     ``log_fd`` and has CLOUDLET_INSTANCE and ``environment`` as its only environment. ``uid`` and
-    ``gid`` are what it becomes if this process is root's.
+    ``gid`` are what it becomes if this process is root's. ``bridge`` is the one of the site's network
+    at which the guest is to be, if at any.
     """
     with ExitStack() as cleanup:
         for port in ports:
@@ -225,7 +229,7 @@ def start_network(
         on_error.callback(os.close, ready)
         cleanup.callback(os.close, theirs)
         inherited = [theirs, link.fileno()]
-        arguments = [instance, PUBLIC_MAC, uid, gid, max_connections]
+        arguments = [instance, PUBLIC_MAC, bridge, uid, gid, max_connections]
         child = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_FORWARDER), *map(str, [*arguments, *inherited])]
             + [f"{port.listener.fileno()}:{port.guest_port}" for port in ports],

@@ -216,7 +216,7 @@ class PageServer:
             self._note(replace(self._progress, pages=pages, missing=self._progress.missing + more))
 
     def settle(self) -> None:
-        """What was read of file 0 is not true any more: have the kernel forget it; it does not change from now on.
+        """Have the kernel forget what was read of file 0, which may have changed and does not from now on.
 
         This process asks for it and not the server, which must be there for what is being read just now.
         """

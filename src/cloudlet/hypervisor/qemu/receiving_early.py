@@ -1,9 +1,9 @@
 """One machine that comes from another site and may run before all of its RAM is there.
 
 QEMU has mapped the page server's file as RAM, so nothing of RAM goes through its stream. Pages that come are
-written to a file of the machine's own, over the base's, and the kernel is made to forget what had been read of
-the file before they came. Which pages come later is said before the devices are loaded; who reads one of
-them, QEMU too, waits for it. The disk is as in :mod:`cloudlet.hypervisor.qemu.receiving`.
+written to a file of the machine's own, over the base's, and before the devices are loaded the kernel is made
+to forget what had been read until then. Which pages come later is said before that; who reads one of them,
+QEMU too, waits for it. The disk is as in :mod:`cloudlet.hypervisor.qemu.receiving`.
 """
 
 from __future__ import annotations

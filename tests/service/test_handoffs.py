@@ -1,0 +1,187 @@
+"""Hand-offs between two served sites, as a user and an operator see them; the fake driver's machines."""
+
+from __future__ import annotations
+
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.service.conftest import Caller, Made, make
+from tests.service.two_sites import PeerSite, add_peer, peer_site, two_sites
+
+Sites = tuple[PeerSite, PeerSite]
+
+
+@pytest.fixture(scope="module")
+def sites(made: Made, hashed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
+    with two_sites(tmp_path_factory.mktemp("sites"), made, hashed) as both:
+        yield both
+
+
+@pytest.fixture
+def instance(sites: Sites, made: Made) -> Iterator[dict[str, Any]]:
+    """An instance at the first site; it is gone from both in the end."""
+    here, there = sites
+    apps = here.call.get("/v1/apps")["apps"]
+    started = here.call.start(apps[0] if apps else here.call.publish(made.overlay), lease_seconds=3600)
+    yield started
+    for site in (here, there):
+        found = site.call("GET", f"/v1/instances/{started['id']}")
+        if found.status_code == 200:
+            site.call.done(site.call.delete(f"/v1/instances/{started['id']}"))
+
+
+def ask(instance: dict[str, Any], path: str) -> str:
+    with urllib.request.urlopen(instance["endpoints"][0]["url"] + path, timeout=20) as answer:
+        return bytes(answer.read()).decode().strip()
+
+
+def create(site: PeerSite, instance: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Ask for a hand-off; the operation."""
+    wanted = {"instance_id": instance["id"], "peer_id": site.peer_id, **more}
+    return dict(site.call.post("/v1/handoffs", {"handoff": wanted})["operation"])
+
+
+def failed(call: Caller, operation: dict[str, Any]) -> str:
+    """Why an operation failed."""
+    ended = call.ended(operation)
+    assert ended["state"] == "failed", ended
+    return str(ended["error"]["detail"])
+
+
+def test_it_goes_on_where_it_was(sites: Sites, instance: dict[str, Any]) -> None:
+    here, there = sites
+    assert [ask(instance, "/counter") for _ in range(3)] == ["1", "2", "3"]
+    ask(instance, "/write?space=ram&page=700&seed=5")
+    operation = here.hand_off(instance, verify="full")
+    moved = there.call.instance(instance["id"])
+    assert (moved["state"], moved["epoch"], moved["name"]) == ("active", 2, instance["name"])
+    assert ask(moved, "/counter") == "4"
+    assert 3500 < moved["lease_seconds"] <= 3600 and moved["expires_at"]
+    left = here.call.instance(instance["id"])
+    assert left["state"] == "moved" and left["endpoints"] == []
+    assert left["moved_to"]["endpoints"][0]["url"] == moved["endpoints"][0]["url"]
+    assert left["moved_to"]["url"] == there.call.url
+    assert ask(instance, "/counter") == "5", "the old address leads there"
+    handoff = here.call.get(f"/v1/handoffs/{operation['resources']['handoff']}")["handoff"]
+    assert handoff["state"] == "completed" and handoff["statistics"]["pause_seconds"] > 0
+    assert there.call.get(f"/v1/handoffs/{handoff['id']}")["handoff"]["direction"] == "in"
+
+
+def test_a_paused_one_is_paused_there(sites: Sites, instance: dict[str, Any]) -> None:
+    here, there = sites
+    here.call.post(f"/v1/instances/{instance['id']}/pause")
+    here.hand_off(instance)
+    assert there.call.instance(instance["id"])["state"] == "paused"
+    assert there.call.post(f"/v1/instances/{instance['id']}/resume")["instance"]["state"] == "active"
+    assert ask(there.call.instance(instance["id"]), "/counter") == "1"
+
+
+def test_while_it_moves_nothing_else_is_done_with_it(sites: Sites, instance: dict[str, Any]) -> None:
+    here, there = sites
+    # 4 MiB at a tenth of a megabit: it is on its way for long.
+    for page in range(600, 900):
+        ask(instance, f"/write?space=ram&page={page}&seed={page}")
+    operation = create(here, instance, bandwidth_mbit=0.5, deadline_seconds=600)
+    wait_state(here, operation, "copying")
+    assert here.call.instance(instance["id"])["state"] == "moving"
+    path = f"/v1/instances/{instance['id']}"
+    for method, where in (("POST", f"{path}/pause"), ("POST", f"{path}/suspend"), ("DELETE", path)):
+        answer = here.call(method, where)
+        assert answer.status_code == 409, answer.text
+    assert here.call("POST", "/v1/handoffs", {"handoff": {
+        "instance_id": instance["id"], "peer_id": here.peer_id}}).status_code == 409  # fmt: skip
+    assert ask(instance, "/counter") == "1", "it goes on answering"
+    handoff = here.call.get(f"/v1/handoffs/{operation['resources']['handoff']}")["handoff"]
+    assert handoff["forecast"]["bytes"] > 100_000 and handoff["forecast"]["seconds"] > 0
+    here.call.delete(f"/v1/handoffs/{handoff['id']}")
+    assert here.call.ended(operation)["state"] == "cancelled"
+    stays = here.call.instance(instance["id"])
+    assert stays["state"] == "active" and stays["endpoints"] == instance["endpoints"]
+    assert ask(instance, "/counter") == "2"
+    wait_gone(there.call, instance["id"])
+    here.hand_off(instance)
+    assert ask(there.call.instance(instance["id"]), "/counter") == "3", "it can be handed off again"
+
+
+def test_refused_before_a_byte_of_it(sites: Sites, instance: dict[str, Any]) -> None:
+    here, there = sites
+    assert "neither here nor can be fetched" in failed(
+        here.call, create(here, instance, overlay="overlay")
+    )
+    there.call.patch("/v1/cloudlets/self", {"cloudlet": {"state": "draining"}})
+    try:
+        assert "being emptied" in failed(here.call, create(here, instance))
+    finally:
+        there.call.patch("/v1/cloudlets/self", {"cloudlet": {"state": "up"}})
+    handoffs = here.call.get(f"/v1/handoffs?instance_id={instance['id']}")["handoffs"]
+    assert [one["state"] for one in handoffs] == ["reverted", "reverted"]
+    assert all(one["statistics"] == {} for one in handoffs), "nothing was sent"
+    assert here.call.instance(instance["id"])["state"] == "active"
+    assert there.call("GET", f"/v1/instances/{instance['id']}").status_code == 404
+
+
+def test_another_base_and_no_room_are_refused(
+    sites: Sites, instance: dict[str, Any], made: Made, hashed: str, tmp_path: Path
+) -> None:
+    here, _ = sites
+    other = make(tmp_path / "other")
+    elsewhere = replace(other, cache=tmp_path / "empty")
+    with peer_site(tmp_path / "c", elsewhere, hashed) as stranger:
+        wanted = {"instance_id": instance["id"], "peer_id": add_peer(here, stranger)}
+        add_peer(stranger, here)
+        begun = here.call.post("/v1/handoffs", {"handoff": wanted})["operation"]
+        assert "base" in failed(here.call, begun)
+    with peer_site(tmp_path / "d", made, hashed, limits={"instances": 0}) as full:
+        wanted = {"instance_id": instance["id"], "peer_id": add_peer(here, full)}
+        add_peer(full, here)
+        begun = here.call.post("/v1/handoffs", {"handoff": wanted})["operation"]
+        assert "full" in failed(here.call, begun)
+    assert ask(instance, "/counter") == "1"
+
+
+def test_who_may(sites: Sites, instance: dict[str, Any]) -> None:
+    here, _ = sites
+    wanted = {"handoff": {"instance_id": instance["id"], "peer_id": here.peer_id}}
+    assert here.call.as_("mia")("POST", "/v1/handoffs", wanted).status_code == 404
+    assert here.call.as_("rita")("POST", "/v1/handoffs", wanted).status_code == 403
+    wanted["handoff"]["peer_id"] = instance["id"]
+    assert here.call("POST", "/v1/handoffs", wanted).status_code == 404
+    assert here.call("GET", "/v1/handoffs/" + instance["id"]).status_code == 404
+
+
+def test_many_at_once_share_the_link(sites: Sites, made: Made) -> None:
+    here, there = sites
+    app = here.call.get("/v1/apps")["apps"][0]
+    instances = [here.call.start(app) for _ in range(6)]
+    for number, one in enumerate(instances):
+        for _ in range(number + 1):
+            ask(one, "/counter")
+    operations = [create(here, one) for one in instances]
+    for operation in operations:
+        here.call.done({"operation": operation})
+    for number, one in enumerate(instances):
+        moved = there.call.instance(one["id"])
+        assert ask(moved, "/counter") == str(number + 2)
+        there.call.done(there.call.delete(f"/v1/instances/{one['id']}"))
+        here.call.done(here.call.delete(f"/v1/instances/{one['id']}"))
+
+
+def wait_state(site: PeerSite, operation: dict[str, Any], state: str) -> None:
+    deadline = time.monotonic() + 30
+    handoff = operation["resources"]["handoff"]
+    while (found := site.call.get(f"/v1/handoffs/{handoff}")["handoff"])["state"] != state:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+
+
+def wait_gone(call: Caller, instance_id: str) -> None:
+    deadline = time.monotonic() + 30
+    while call("GET", f"/v1/instances/{instance_id}").status_code != 404:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -89,10 +89,10 @@ def migrate(
     with ExitStack() as stack:
         source = stack.enter_context(open_source(str(overlay), io.BytesIO()))
         made = stack.enter_context(synthesise(site, source, request))
-        base = site.bases.get(made.root.base)
-        target = stack.enter_context(_target(site.settings, base, scratch / "migrated.qcow2", at(FAR)))
-        near = made.instance
+        near, base = made.instance, site.bases.get(made.root.base)
         assert isinstance(near, QemuInstance)
+        disk, generation = scratch / "migrated.qcow2", near.generation_id()
+        target = stack.enter_context(_target(site.settings, base, disk, at(FAR), generation))
         near_url, far_url = (f"http://{address}:{ports[1][1]}" for address in (NEAR, FAR))
         load.begin(near_url)
         held = ask(f"{near_url}/held")
@@ -125,13 +125,21 @@ def migrate(
 
 
 @contextmanager
-def _target(settings: Settings, base: Base, disk: Path, ports: list[PublishedPort]) -> Iterator[QemuInstance]:
+def _target(
+    settings: Settings, base: Base, disk: Path, ports: list[PublishedPort], generation: str
+) -> Iterator[QemuInstance]:
     """A plain QEMU that waits for a migration, and then for a word, with an empty disk on the base's."""
     image = base.image()
     disk.unlink(missing_ok=True)
     tool(["qemu-img", "create", "-q", "-f", "qcow2", str(disk), str(base.machine.disk_bytes)])
     machine = plain.Plain(
-        base.machine, disk, image.kernel, image.initrd, base.description.cmdline, backing=image.disk
+        base.machine,
+        disk,
+        image.kernel,
+        image.initrd,
+        base.description.cmdline,
+        backing=image.disk,
+        generation_id=generation,
     )
     with plain.run(settings, machine, ports, extra=["-incoming", "defer", "-S"]) as instance:
         yield instance

@@ -18,7 +18,7 @@ from cloudlet.errors import FailedError
 from cloudlet.hypervisor.qemu import launch
 from cloudlet.hypervisor.qemu.instance import QemuInstance
 from cloudlet.hypervisor.qemu.machine import RAM_BLOCK, Backends, command_line
-from cloudlet.hypervisor.qemu.network import bind_ports, start_network
+from cloudlet.hypervisor.qemu.network import NOBODY, bind_ports, start_network
 from cloudlet.hypervisor.qemu.sockets import listen
 from cloudlet.hypervisor.records import ProcessId, Record, Workspace
 from cloudlet.model import Machine, PublishedPort
@@ -41,6 +41,8 @@ class Plain:
     disk_format: str = "qcow2"
     backing: Path | None = None
     """What the disk, a qcow2 file, stands on: a raw image."""
+    generation_id: str = ""
+    """What the guest is told of which machine it is; where it is empty, a new one."""
 
 
 @contextmanager
@@ -77,9 +79,9 @@ def run(
             endpoints = tuple(item.endpoint for item in bound)
             log = open_file(workspace.path / "network.log", os.O_WRONLY | os.O_CREAT)
             assert log is not None
-            own = {} if uid is None else {"uid": uid, "gid": uid}
+            own = NOBODY if uid is None else uid
             network = start_network(
-                bound, str(workspace.path), log, environment=workspace.environment(), **own
+                bound, str(workspace.path), log, environment=workspace.environment(), uid=own, gid=own
             )
             handed.callback(network.release)
             disk = open_file(plain.disk, os.O_RDWR)
@@ -96,7 +98,9 @@ def run(
             binary, _ = launch.find_qemu(settings.qemu_binary)
             argv = [
                 _anonymous(word, plain.machine)
-                for word in command_line(binary, plain.machine, backends, workspace.id)
+                for word in command_line(
+                    binary, plain.machine, backends, workspace.id, generation_id=plain.generation_id
+                )
             ]
             confine = launch.confinement(uid)
             process = launch.start([*argv, *extra], workspace, backends.descriptors(), confine)

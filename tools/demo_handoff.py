@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -28,10 +28,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-
-from demo import cloudlet, console, listed_one, make_base, make_overlay, step  # noqa: E402
-from demo_link import Link, Place, link  # noqa: E402
-from rich.table import Table  # noqa: E402
 
 from benchmarks.handoff_client import Using, using  # noqa: E402
 from benchmarks.handoff_qemu import Migrated, migrate  # noqa: E402
@@ -44,9 +40,13 @@ from benchmarks.handoff_sites import (  # noqa: E402
     free_port,
     settle,
 )
+from demo import cloudlet, console, listed_one, make_base, make_overlay, step  # noqa: E402
+from demo_link import Link, Place, link  # noqa: E402
+from rich.table import Table  # noqa: E402
+
 from cloudlet.control.site import Site  # noqa: E402
-from cloudlet.keeper.handle import Keepers  # noqa: E402
 from cloudlet.errors import CloudletError  # noqa: E402
+from cloudlet.keeper.handle import Keepers  # noqa: E402
 from cloudlet.model import MEBIBYTE  # noqa: E402
 from cloudlet.settings import Settings, load  # noqa: E402
 
@@ -69,13 +69,9 @@ def main() -> int:
         with emptied(folder), link(MBIT) as between:
             console.print(f"The link: {between.what}.")
             there, back, user = move(settings, folder, overlay, between)
-            console.print(
-                "QEMU's own live migration of the same machine, at the same rate, takes its time ..."
-            )
-            beside = migrate(
-                Site.open(replace(settings, state_dir=folder / "qemu")), overlay, folder, MBIT, Load(BUSY_MIB),
-                MIGRATION_SECONDS,
-            )  # fmt: skip
+            console.print("QEMU's own live migration of the same machine takes its time ...")
+            site = Site.open(replace(settings, state_dir=folder / "qemu"))
+            beside = migrate(site, overlay, folder, MBIT, Load(BUSY_MIB), MIGRATION_SECONDS)
     except subprocess.CalledProcessError as error:
         console.print(f"[red]{' '.join(map(str, error.cmd))} ended with status {error.returncode}[/]")
         return error.returncode
@@ -224,9 +220,7 @@ def show(there: Leg, back: Leg, beside: Migrated | None) -> None:
     )
     console.print(table)
     if beside and not alive:
-        console.print(
-            "QEMU's guest was dead after its migration: QEMU 7.2 loses pages of a busy guest under TCG."
-        )
+        console.print("QEMU's guest was dead then: under TCG, QEMU 7.2 loses pages of a busy guest.")
 
 
 @contextmanager
@@ -242,7 +236,7 @@ def emptied(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def served(settings: Settings, folder: Path, name: str, place: Place) -> Iterator[Edge]:
-    """A cloudlet with the bases of this machine and a key of its own, that trusts this machine's publishers."""
+    """A cloudlet with this machine's bases and a key of its own, that trusts this machine's publishers."""
     own = folder / name
     (own / "cache").mkdir(parents=True)
     (own / "cache" / "bases").symlink_to(settings.bases_dir)

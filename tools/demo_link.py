@@ -1,8 +1,8 @@
 """The link between the demo's two cloudlets: two network namespaces, or relayed ports of this machine.
 
-With namespaces, each cloudlet has one of its own: a pair of virtual cards joins them, shaped by the kernel (``tc
-... tbf``), and each has another one to this machine, where the user is. Where that needs rights or programs
-that are not here, both are processes on the loopback addresses, and ``benchmarks/wire.py`` is the link.
+With namespaces, each cloudlet has one of its own: a pair of virtual cards joins them, shaped by the kernel
+(``tc ... tbf``), and each has another one to this machine, where the user is. Where that needs rights or
+programs that are not here, both are processes on loopback addresses, and ``benchmarks/wire.py`` is the link.
 """
 
 from __future__ import annotations

@@ -6,16 +6,22 @@ import shlex
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from socket import SOCK_SEQPACKET, SOCK_STREAM
 
 import pytest
 
 from cloudlet.control.site import Site
 from cloudlet.errors import CloudletError, ConflictError, FailedError, RefusedError
+from cloudlet.forwarder.loop import Loop
+from cloudlet.forwarder.uplink import Uplink
+from cloudlet.forwarder.wire import Wire
 from cloudlet.hypervisor.qemu.network import NetworkProcess, bind_ports, start_network
 from cloudlet.model import Endpoint, PublishedPort
 from cloudlet.settings import Settings
@@ -245,6 +251,39 @@ def test_a_tap_that_is_deleted_is_the_end_of_that_way_only(
         subprocess.run(["ip", "-n", site, "link", "delete", tap], check=True)
         assert inside(site, lambda: spoken_with(endpoint.host, endpoint.host_port)) == b"hello"
         assert "the tap device at the bridge is gone" in (tmp_path / "network.log").read_text()
+
+
+def test_a_guest_that_is_slow_gets_whole_frames_of_both(tmp_path: Path) -> None:
+    """The taps are sockets here, which take and give one frame per system call as well."""
+    count = 600  # of 1,000 bytes each: more than the link holds, and less than the sockets do
+    with ExitStack() as stack:
+        pairs = [
+            socket.socketpair(socket.AF_UNIX, kind) for kind in (SOCK_STREAM, SOCK_SEQPACKET, SOCK_SEQPACKET)
+        ]
+        for end in chain(*pairs):
+            stack.enter_context(end)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
+        (link, guest_end), (gateway, inner), (outer, bridge) = pairs
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 << 10)
+        uplink = Uplink(outer.fileno(), MAC.hex(":"))
+        uplink.awake = True
+        loop = Loop()
+        Wire(loop, link, gateway.fileno(), uplink)
+        for number in range(count):
+            for end, name in ((inner, b"i"), (bridge, b"o")):
+                end.send(name + number.to_bytes(4, "big") + bytes(995))
+        thread = threading.Thread(target=loop.run)
+        thread.start()
+        frames: dict[bytes, list[int]] = {b"i": [], b"o": []}
+        with guest_end.makefile("rb") as stream:
+            for _ in range(2 * count):
+                frame = stream.read(int.from_bytes(stream.read(4), "big"))
+                assert len(frame) == 1000
+                frames[frame[:1]].append(int.from_bytes(frame[1:5], "big"))
+        guest_end.shutdown(socket.SHUT_RDWR)
+        thread.join(SECONDS)
+        assert not thread.is_alive()
+    assert frames == {b"i": list(range(count)), b"o": list(range(count))}
 
 
 @pytest.mark.qemu

@@ -38,6 +38,8 @@ from cloudlet.overlay.pages import Numbers, Rows, Space
 from cloudlet.overlay.records import Record, RecordKind, read_record
 from cloudlet.overlay.rounds import Ended, Left, RoundReader, RoundWriter, pack
 
+_HAS_RUN = (Ownership.RUNNING, Ownership.FILLING, Ownership.LOST)
+"""The target was told that it may run the machine, though here that is forgotten."""
 DOUBT_SECONDS = 10.0
 """So long a side waits for the other's word before it says that it is in doubt."""
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
@@ -265,9 +267,9 @@ class Departure:
         while self.state is Ownership.SWITCHING:
             answer = answered(self._peer.state)
             with self._deciding, suppress(OSError):
-                loaded = answer and answer.state == Ownership.LOADED
                 # What was switched early is not whole at the target, and never will be.
-                if loaded and not self._keep and not self._ownership.record.early:
+                loaded = answer and answer.state == Ownership.LOADED and not self._ownership.record.early
+                if (loaded and not self._keep) or (answer and answer.state in _HAS_RUN):
                     self._ownership.become(Ownership.COMMITTED)
                 elif answer or self._keep:
                     self._ownership.become(Ownership.REVERTED, reason="its machine ended")

@@ -64,6 +64,11 @@ _FOLLOWS: Mapping[Ownership, frozenset[Ownership]] = {
 }
 
 
+_KERNEL_REMEMBERS = frozenset({Ownership.LOADED, Ownership.COMMITTED})
+"""States, within the pause, that a power cut may forget: it ends the machine here too, and to have forgotten that
+it was loaded, or given away, leads to the same end. A process that is killed forgets nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """What one end has decided."""
@@ -109,7 +114,7 @@ class OwnershipFile:
         return self.record.state
 
     def become(self, state: Ownership, **changes: Any) -> None:
-        """Change the state, on the disk, before anything follows from it; it may be that already.
+        """Change the state, in its file, before anything follows from it; it may be that already.
 
         :raises ConflictError: it cannot follow.
         :raises OSError: it cannot be written, so it is as before.
@@ -119,17 +124,20 @@ class OwnershipFile:
         if state not in _FOLLOWS[self.state]:
             raise ConflictError(f"hand-off {self.record.handoff} is {self.state}, and cannot be {state}")
         record = replace(self.record, state=state, **changes)
-        self._write(record)
+        self._write(record, through=state not in _KERNEL_REMEMBERS)
         self.record = record
 
-    def _write(self, record: Record) -> None:
+    def _write(self, record: Record, *, through: bool = True) -> None:
         new = self._path.with_suffix(".new")
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(json.dumps(record.to_json()).encode())
             file.flush()
-            os.fsync(descriptor)
+            if through:
+                os.fsync(descriptor)
         new.replace(self._path)
+        if not through:
+            return
         folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(folder)

@@ -65,8 +65,8 @@ _FOLLOWS: Mapping[Ownership, frozenset[Ownership]] = {
 
 
 _KERNEL_REMEMBERS = frozenset({Ownership.LOADED, Ownership.COMMITTED})
-"""States, within the pause, that a power cut may forget: it ends the machine here too, and to have forgotten that
-it was loaded, or given away, leads to the same end. A process that is killed forgets nothing."""
+"""States, within the pause, that a power cut may forget: it ends the machine here too, and to have forgotten
+that it was loaded, or given away, leads to the same end. A process that is killed forgets nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class Blocks:
     @property
     def written(self) -> NDArray[np.int64]:
         """Those that the machine itself has written."""
-        return self.numbers[self.files == _OWN]
+        return np.asarray(self.numbers[self.files == _OWN])
 
 
 class InstanceDisk:

@@ -1,7 +1,7 @@
 # What a newcomer types. Each target sets up what it needs and is quick the second time.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-compare test unit lint bench soak fuzz docs clean
+.PHONY: help setup demo demo-compare demo-handoff test unit lint bench soak fuzz docs clean
 bin := .venv/bin
 
 help:           ## list the targets
@@ -18,6 +18,10 @@ demo-compare:   ## the demo beside booting and downloading the full image
 	@tools/setup run bench
 	@$(bin)/python tools/demo.py --compare
 
+demo-handoff:   ## a running VM follows its user to another cloudlet, beside QEMU's own migration
+	@tools/setup run
+	@$(bin)/python tools/demo_handoff.py
+
 test: lint      ## lint, types, layers, and all tests, real QEMU included
 	@tools/setup test
 	@$(bin)/pytest
@@ -33,7 +37,7 @@ lint:           ## style, types, layers
 	@$(bin)/mypy
 	@$(bin)/lint-imports
 
-bench:          ## measure every number that SPECIFICATION.md promises (50 minutes)
+bench:          ## measure every number that SPECIFICATION.md promises (90 minutes)
 	@tools/setup bench
 	@$(bin)/python -m benchmarks
 

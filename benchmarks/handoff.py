@@ -24,6 +24,8 @@ PROMISED = 100
 """Mbit/s of most promises."""
 RATES = (5, 10, 25, 100, 1000)
 """Mbit/s; the last is not shaped: the wire carries what the processors let it."""
+THIN = (10, 5)
+"""Mbit/s that do not carry what the application changes."""
 BUSY = (0, 5, 20)
 """MiB per second that the application changes."""
 ALLOCS_MIB = (0, 100, 300, 1000)
@@ -65,12 +67,16 @@ def by_rate(lab: Lab, results: Results) -> None:
     app = counter()
     rates = [rate for rate in RATES if rate != PROMISED]
     with sites(lab, app) as both:
-        for rate in (10,) if lab.quick else rates:
-            for busy in (5,) if lab.quick else BUSY[:2]:
+        for rate in (25,) if lab.quick else rates:
+            for busy in BUSY[: lab.times(2)]:
                 for way in WAYS:
                     say(f"hand-off at {rate} Mbit/s, {busy} MiB/s, {way}")
                     for _ in range(lab.times(3 if way == "overlay" else 1)):
                         _move(both, results, way, rate, Load(busy))
+        for rate in () if lab.quick else THIN:
+            for _ in range(lab.times(3)):
+                say(f"early hand-off at {rate} Mbit/s, 5 MiB/s, overlay")
+                _move(both, results, "overlay", rate, Load(5), f"handoff.early.{rate}", "early")
     if lab.quick:
         return
     for busy in BUSY[:2]:
@@ -81,7 +87,7 @@ def by_rate(lab: Lab, results: Results) -> None:
 
 def by_memory(lab: Lab, results: Results) -> None:
     """By private memory: what the application holds besides; nothing of that is in its overlay."""
-    with sites(lab, counter(LARGE_MEMORY_MIB)) as both:
+    with sites(lab, counter(MEMORY_MIB if lab.quick else LARGE_MEMORY_MIB)) as both:
         for held in ALLOCS_MIB[: lab.times(4, 2)]:
             for _ in range(lab.times(3)):
                 say(f"hand-off with {held} MiB more in memory")
@@ -128,13 +134,26 @@ def _deadline(way: str, rate: int, load: Load) -> float:
     return DEADLINE_BUSY if load.busy_mib and way == "overlay" else SLOW_DEADLINE
 
 
-def _move(both: Sites, results: Results, way: str, rate: int, load: Load, name: str | None = None) -> None:
-    """Hand a new instance off, and note what it took."""
+def _move(
+    both: Sites, results: Results, way: str, rate: int, load: Load, name: str = "", switch: str = "whole"
+) -> None:
+    """Hand a new instance off, and note what it took; one that does not go is noted as such.
+
+    :param name: of its figures; by default after what is handed off.
+    """
     name = name or f"handoff.{load.busy_mib}.{way}.{rate}"
     both.wire.rate(0 if rate == RATES[-1] else rate)
     deadline = _deadline(way, rate, load)
-    with both.instance(load) as instance:
-        moved = both.move(instance, overlay=WAYS[way], pause_seconds=PAUSE, deadline_seconds=deadline)
+    terms = {"overlay": WAYS[way], "pause_seconds": PAUSE, "deadline_seconds": deadline, "switch": switch}
+    try:
+        with both.instance(load) as instance:
+            moved = both.move(instance, **terms)
+    except FailedError as error:
+        say(f"  {error.message}")
+        results.add("handoff.failed", True)
+        results.notes["handoff.failed"] = error.message
+        return
+    results.add("handoff.failed", False)
     said = moved.statistics
     for figure in ("seconds", "pause_seconds", "forecast_pause_seconds"):
         results.add(f"{name}.{figure.removesuffix('_seconds')}_s", said[figure])
@@ -147,6 +166,10 @@ def _move(both: Sites, results: Results, way: str, rate: int, load: Load, name: 
     results.add(f"{name}.source_cpu_s", moved.source_cpu_seconds)
     results.add(f"{name}.target_cpu_s", moved.target_cpu_seconds)
     results.add(f"{name}.deadline_s", deadline)
+    if switch == "early":
+        for figure in ("early", "missing_pages", "wanted_pages"):
+            results.add(f"{name}.{figure}", said[figure])
+        results.add(f"{name}.serving_s", said["serving_seconds"])
     say(
         f"  {said['seconds']:.2f} s, {mib(moved.carried_bytes):.1f} MiB, {said['rounds']} rounds, pause "
         f"{said['pause_seconds'] * 1000:.0f} ms, gap {moved.gap_seconds * 1000:.0f} ms"

@@ -163,7 +163,8 @@ def _use(addresses: Sequence[Address]) -> list[tuple[float, int, int]]:
 def main() -> None:
     places = [text.rpartition(":") for text in sys.argv[1:]]
     print("asking", flush=True)
-    print(json.dumps(_use([(host, int(port)) for host, _, port in places])))
+    with suppress(KeyboardInterrupt):
+        print(json.dumps(_use([(host, int(port)) for host, _, port in places])))
 
 
 if __name__ == "__main__":

@@ -128,9 +128,11 @@ class Sites:
         """An instance at the near site with its load; ended, wherever it is, when the context is left."""
         ports = [{"guest_port": port, "port": free_port()} for port in (COUNT_PORT, HTTP_PORT)]
         member = self.near.member
-        begun = member("POST", "/v1/instances", {"instance": {"app_id": self.app, "ports": ports}})
-        instance_id = member.done(begun["operation"])["resources"]["instance"]
+        wanted = {"app_id": self.app, "ports": ports}
+        begun = member("POST", "/v1/instances", {"instance": wanted})["operation"]
+        instance_id = begun["resources"]["instance"]
         try:
+            member.done(begun, _ASK_SECONDS)
             deadline = time.monotonic() + _READY_SECONDS
             while not (found := member("GET", f"/v1/instances/{instance_id}")["instance"])["timings"]:
                 if time.monotonic() > deadline:
@@ -178,10 +180,10 @@ class Sites:
         if len(peers) != 1:
             raise FailedError(f"{source.address} has {len(peers)} peers")
         wanted = {"instance_id": instance_id, "peer_id": peers[0]["id"], **terms}
-        member = source.member
-        begun = member("POST", "/v1/handoffs", {"handoff": wanted})["operation"]
-        done = member.done(begun, terms.get("deadline_seconds", 60.0) + _SPARE_SECONDS)
-        return dict(member("GET", f"/v1/handoffs/{done['resources']['handoff']}")["handoff"])
+        operator = source.operator  # who may have it switch early, too
+        begun = operator("POST", "/v1/handoffs", {"handoff": wanted})["operation"]
+        done = operator.done(begun, terms.get("deadline_seconds", 60.0) + _SPARE_SECONDS)
+        return dict(operator("GET", f"/v1/handoffs/{done['resources']['handoff']}")["handoff"])
 
     def _addresses(self, instance: dict[str, Any], guest_port: int) -> list[Address]:
         port = port_of(instance, guest_port)

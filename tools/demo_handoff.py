@@ -1,10 +1,10 @@
 """The hand-off, shown: a user moves from one cloudlet to another, and the running instance follows.
 
 Two cloudlets with the same base VM, a link of 100 Mbit/s between them, one stateful application, and one user
-who asks it every 10 ms, and meanwhile has it change its memory. The instance goes to the far cloudlet, which
-has nothing of the application, and the link is cut for a second on the way; then it comes back to the near
-one, which has the application's overlay. Beside it, in the same run: QEMU's own live migration of the same
-machine, with a copy of what it has changed on its disk.
+who asks it every 10 ms, and has it change its memory meanwhile. First the far cloudlet has nothing of the
+application, and the link is cut for a second on the way. Then the far one has the application's overlay, too.
+Beside it, in the same run: QEMU's own live migration of the same machine, with a copy of what it has changed
+on its disk.
 
 Builds the base VM and the application's overlay, once. Files: both in the cache folder, keys in the
 configuration folder. Nothing runs at the end.
@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.handoff_client import Using, using  # noqa: E402
+from benchmarks.handoff_client import using  # noqa: E402
 from benchmarks.handoff_qemu import Migrated, migrate  # noqa: E402
 from benchmarks.handoff_sites import (  # noqa: E402
     COUNT_PORT,
@@ -38,14 +38,13 @@ from benchmarks.handoff_sites import (  # noqa: E402
     Load,
     ask,
     free_port,
-    settle,
 )
-from demo import cloudlet, console, listed_one, make_base, make_overlay, step  # noqa: E402
+from demo import cloudlet, console, make_base, make_overlay  # noqa: E402
 from demo_link import Link, Place, link  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from cloudlet.control.site import Site  # noqa: E402
-from cloudlet.errors import CloudletError  # noqa: E402
+from cloudlet.errors import CloudletError, FailedError  # noqa: E402
 from cloudlet.keeper.handle import Keepers  # noqa: E402
 from cloudlet.model import MEBIBYTE  # noqa: E402
 from cloudlet.settings import Settings, load  # noqa: E402
@@ -54,8 +53,6 @@ RECIPE = ROOT / "benchmarks" / "guests" / "counter"
 MBIT, BUSY_MIB = 100, 5
 CUT_AFTER_BYTES, CUT_SECONDS = MEBIBYTE, 1.0
 MIGRATION_SECONDS = 120.0
-AWAY_SECONDS = 3.0
-"""The user stays so long at the far cloudlet."""
 
 
 def main() -> int:
@@ -68,7 +65,7 @@ def main() -> int:
         make_overlay(overlay, RECIPE, "--no-profile")
         with emptied(folder), link(MBIT) as between:
             console.print(f"The link: {between.what}.")
-            there, back, user = move(settings, folder, overlay, between)
+            bare, known = move(settings, folder, overlay, between)
             console.print("QEMU's own live migration of the same machine takes its time ...")
             site = Site.open(replace(settings, state_dir=folder / "qemu"))
             beside = migrate(site, overlay, folder, MBIT, Load(BUSY_MIB), MIGRATION_SECONDS)
@@ -81,14 +78,7 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("Ended; nothing is left.")
         return 130
-    show(there, back, beside)
-    if not user.kept_counting():
-        console.print("[red]The application has counted something twice, or nothing at all.[/]")
-        return 1
-    console.print(
-        f"The user was answered {len(user.answers)} times, by one count that went on: no number came twice; "
-        f"{unheard(user)} were not heard, since a connection was cut in that moment."
-    )
+    show(bare, known, beside)
     return 0
 
 
@@ -101,6 +91,9 @@ class Leg:
     began: float
     ended: float
     gap_seconds: float = 0.0
+    answers: int = 0
+    unheard: int = 0
+    """Answers that were lost on their way, with the connection that is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,49 +109,68 @@ class Edge:
     def command(self, *arguments: str | Path) -> list[str]:
         return cloudlet("--config-file", self.file, *arguments)
 
-    def __call__(self, *arguments: str | Path) -> None:
-        """Do what its operator, or a user, types."""
-        step(self.command(*arguments))
+    def say(self, *arguments: str | Path, after: str = "") -> None:
+        """Show what is typed here."""
+        words = " ".join(map(str, arguments))
+        console.print(f"[bold]{self.name}$ cloudlet {words}{after}[/]", soft_wrap=True)
 
-    def shown(self, *arguments: str | Path) -> dict[str, Any]:
-        return listed_one("--config-file", self.file, *arguments)
+    def __call__(self, *arguments: str | Path) -> dict[str, Any]:
+        """Do what its operator, or a user, types; what is answered."""
+        self.say(*arguments)
+        answer = subprocess.run(
+            self.command(*arguments, "-f", "json"), check=True, stdout=subprocess.PIPE
+        ).stdout
+        row: dict[str, Any] = json.loads(answer)
+        return row
 
 
-def move(settings: Settings, folder: Path, overlay: Path, between: Link) -> tuple[Leg, Leg, Using]:
-    """There, with a cut on the way, and back, while somebody uses it."""
+def move(settings: Settings, folder: Path, overlay: Path, between: Link) -> tuple[Leg, Leg]:
+    """Twice from the near to the far cloudlet: with a cut, and with the overlay there."""
     with (
         served(settings, folder, "near", between.near) as near,
         served(settings, folder, "far", between.far) as far,
     ):
         for here, other in ((near, far), (far, near)):
-            about = other.shown("site", "show")
-            here("peer", "add", other.place.peers_url, "--name", other.name,
-                 "--fingerprint", about["fingerprint"])  # fmt: skip
+            fingerprint = other("site", "show")["fingerprint"]
+            here("peer", "add", other.place.peers_url, "--name", other.name, "--fingerprint", fingerprint)
         near("app", "publish", overlay)
-        count, control = free_port(), free_port()
-        near("instance", "create", "counter", "--port", f"{count}:{COUNT_PORT}",
-             "--port", f"{control}:{HTTP_PORT}")  # fmt: skip
-        Load(BUSY_MIB).begin(f"http://{near.place.address}:{control}")
-        held = ask(f"http://{near.place.address}:{control}/held")
-        instance = near.shown("instance", "show", "counter")["id"]
-        with using((near.place.address, count), (far.place.address, count)) as user:
-            there = hand_off(near, far, "nothing", between, cut=True)
-            time.sleep(AWAY_SECONDS)
-            settle(far.settings, instance)
-            back = hand_off(far, near, "overlay", between)
-            time.sleep(LOOK_AFTER)
-        if ask(f"http://{near.place.address}:{control}/held") != held:
-            raise SystemExit("the application's memory is not what it was")
-        near("instance", "delete", "counter")
-    return seen(there, user), seen(back, user), user
+        bare = journey(near, far, between, "nothing", cut=True)
+        far("app", "publish", overlay)
+        return bare, journey(near, far, between, "overlay")
 
 
-def hand_off(here: Edge, there: Edge, holds: str, between: Link, *, cut: bool = False) -> Leg:
+def journey(near: Edge, far: Edge, between: Link, holds: str, *, cut: bool = False) -> Leg:
+    """An instance at the near cloudlet, used from there to the far one, and ended."""
+    count, control = free_port(), free_port()
+    ports = ("--port", f"{count}:{COUNT_PORT}", "--port", f"{control}:{HTTP_PORT}")
+    near("instance", "create", "counter", *ports)
+    Load(BUSY_MIB).begin(f"http://{near.place.address}:{control}")
+    held = ask(f"http://{near.place.address}:{control}/held")
+    with using((near.place.address, count), (far.place.address, count)) as user:
+        leg = hand_off(near, far, holds, between, cut=cut)
+        time.sleep(LOOK_AFTER)
+    if ask(f"http://{far.place.address}:{control}/held") != held:
+        raise FailedError("the application's memory is not what it was")
+    if not user.kept_counting():
+        raise FailedError("the application has counted something twice, or nothing")
+    for edge in (far, near):
+        edge.say("instance", "delete", "counter")
+        subprocess.run(edge.command("instance", "delete", "counter"), check=True)
+    numbers = [answer.number for answer in user.answers]
+    return replace(
+        leg,
+        gap_seconds=user.gap(leg.began, leg.ended + LOOK_AFTER / 2),
+        answers=len(numbers),
+        unheard=max(numbers) - min(numbers) + 1 - len(numbers),
+    )
+
+
+def hand_off(near: Edge, far: Edge, holds: str, between: Link, *, cut: bool = False) -> Leg:
     """Hand the instance off; the link may be cut while it is copied."""
     before, began = between.carried(), time.monotonic()
-    command = here.command("handoff", "create", "counter", there.name, "--overlay", holds, "-f", "json")
-    console.print(f"[bold]$ cloudlet {' '.join(command[3:])}[/]")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    words = ("handoff", "create", "counter", far.name, "--overlay", holds)
+    near.say(*words)
+    with subprocess.Popen(near.command(*words, "-f", "json"), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         if cut:
             while between.carried() < before + CUT_AFTER_BYTES and process.poll() is None:
@@ -167,22 +179,11 @@ def hand_off(here: Edge, there: Edge, holds: str, between: Link, *, cut: bool = 
             between.cut(CUT_SECONDS)
         said = process.stdout.read()
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+        raise subprocess.CalledProcessError(process.returncode, near.command(*words))
     return Leg(json.loads(said)["statistics"], between.carried() - before, began, time.monotonic())
 
 
-def seen(leg: Leg, user: Using) -> Leg:
-    """A hand-off with what its user has seen of it."""
-    return replace(leg, gap_seconds=user.gap(leg.began, leg.ended + LOOK_AFTER / 2))
-
-
-def unheard(user: Using) -> int:
-    """How many answers were lost on their way."""
-    numbers = [answer.number for answer in user.answers]
-    return max(numbers) - min(numbers) + 1 - len(numbers)
-
-
-def show(there: Leg, back: Leg, beside: Migrated | None) -> None:
+def show(bare: Leg, known: Leg, beside: Migrated | None) -> None:
     """The table."""
     table = Table(
         title=f"a running instance over {MBIT} Mbit/s, {BUSY_MIB} MiB changed per second",
@@ -190,12 +191,12 @@ def show(there: Leg, back: Leg, beside: Migrated | None) -> None:
     )
     table.add_column("")
     for head in (
-        "there: base only,\nlink cut for 1 s",
-        "back: the app's\noverlay is known",
+        "target has the base,\nlink cut for 1 s",
+        "target has the\napp's overlay too",
         "QEMU: migration\nand disk copy",
     ):
         table.add_column(head, justify="right")
-    legs = (there, back)
+    legs = (bare, known)
     missing = "not in time"
     table.add_row(
         "over the link, MiB", *(f"{leg.carried_bytes / MEBIBYTE:.1f}" for leg in legs),
@@ -219,6 +220,10 @@ def show(there: Leg, back: Leg, beside: Migrated | None) -> None:
         str(beside.differing_pages) if beside else "",
     )
     console.print(table)
+    console.print(
+        f"The user was answered {sum(leg.answers for leg in legs)} times, by a count that went on: no number "
+        f"came twice, and {sum(leg.unheard for leg in legs)} were not heard, their connection being cut then."
+    )
     if beside and not alive:
         console.print("QEMU's guest was dead then: under TCG, QEMU 7.2 loses pages of a busy guest.")
 
@@ -252,7 +257,7 @@ def served(settings: Settings, folder: Path, name: str, place: Place) -> Iterato
         f"[peers]\nlisten = {place.peers_listen}\nurl = {place.peers_url}\n"
     )
     command = [*place.prefix, *edge.command("serve")]
-    console.print(f"[bold]$ {' '.join([*place.prefix, 'cloudlet', *edge.command('serve')[3:]])} &[/]")
+    edge.say("serve", after=" &")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr
     try:

@@ -8,7 +8,7 @@ import signal
 import socket
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,7 @@ import pytest
 from cloudlet.control.readiness import wait_ready
 from cloudlet.errors import ConflictError, FailedError, IntegrityError, MismatchError, UsageError
 from cloudlet.hypervisor.driver import Boot, Incoming, Instance, Receiving, Rounds, RunState
-from cloudlet.model import PAGE_BYTES, PublishedPort
+from cloudlet.model import PAGE_BYTES, PublishedPort, Readiness
 from cloudlet.overlay.pages import PageBatch, PageSource, Space
 from tests.contract.conftest import AGENT, PORT, Driver, nothing_left, sh
 
@@ -353,3 +353,23 @@ def test_a_running_incoming_machine_has_its_listeners_too(driver: Driver) -> Non
         with pytest.raises(BlockingIOError):
             listener.accept()
         listener.close()
+
+
+def test_connections_of_a_machine_that_is_held_can_be_ended(driver: Driver) -> None:
+    with started(driver) as instance:
+        endpoint = instance.endpoints[0]
+        wait_ready(instance, Readiness.parse(f"tcp:{PORT}"), 30.0)
+        with (
+            socket.create_connection((endpoint.host, endpoint.host_port), timeout=10) as old,
+            socket.create_connection((endpoint.host, endpoint.host_port), timeout=10) as other,
+        ):
+            other.sendall(b"GET /cgi-bin/counter HTTP/1.0\r\n\r\n")
+            assert other.recv(1), "it has taken both"
+            instance.hold_connections(True)
+            instance.cut_connections()
+            old.settimeout(10)
+            with suppress(ConnectionResetError):
+                assert old.recv(1) == b""
+        instance.cut_connections()  # there are none: nothing happens
+        instance.hold_connections(False)
+        assert count(instance) == 2, "it is served again"

@@ -16,7 +16,7 @@ exec {root}/usr/lib64/ld-linux-x86-64.so.2 --library-path {root}/usr/lib/x86_64-
 
 
 def newer_qemu(kept: Path) -> Path:
-    """A program that starts the newer QEMU, with its own libraries and firmware; made when first asked for."""
+    """A program that starts the newer QEMU, with its libraries and firmware; made when first asked for."""
     folder = kept / f"qemu-{SUITE}"
     program = folder / "qemu-system-x86_64"
     if not program.exists():

@@ -94,6 +94,11 @@ def of_kind(frame: bytes) -> bytes | None:
     return frame.rstrip(b"\0") if frame[12:14] == KIND else None
 
 
+def of_kind_or_ip(frame: bytes) -> bytes | None:
+    """The same, or a packet from a client of the published port."""
+    return b"IP" if frame[12:14] == b"\x08\x00" else of_kind(frame)
+
+
 def answers_who_it_is(seconds: float) -> bool:
     """Whether the guest answers one question after its hardware address in time."""
     head = bytes.fromhex("08060001080006040001")
@@ -175,7 +180,7 @@ def test_a_machine_that_has_said_nothing_hears_nothing(
         card.send(EVERYBODY + old)
         # Its published port is another matter: who comes early is heard as soon as it can.
         with inside(site, lambda: socket.create_connection((endpoint.host, endpoint.host_port), SECONDS)):
-            link.receive(lambda frame: frame[12:14] == b"\x08\x00" or None, SECONDS)
+            assert link.receive(of_kind_or_ip, SECONDS) == b"IP"
         link.send(EVERYBODY + MAC + KIND + b"awake")
         heard(card, b"awake")
         card.send(MAC + STRANGER + KIND + b"new")
@@ -253,36 +258,62 @@ def test_a_tap_that_is_deleted_is_the_end_of_that_way_only(
         assert "the tap device at the bridge is gone" in (tmp_path / "network.log").read_text()
 
 
-def test_a_guest_that_is_slow_gets_whole_frames_of_both(tmp_path: Path) -> None:
-    """The taps are sockets here, which take and give one frame per system call as well."""
-    count = 600  # of 1,000 bytes each: more than the link holds, and less than the sockets do
-    with ExitStack() as stack:
-        pairs = [
-            socket.socketpair(socket.AF_UNIX, kind) for kind in (SOCK_STREAM, SOCK_SEQPACKET, SOCK_SEQPACKET)
-        ]
+class Wired:
+    """A wire whose taps are sockets, which take and give one frame per system call as well."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        kinds = (SOCK_STREAM, SOCK_SEQPACKET, SOCK_SEQPACKET)
+        pairs = [socket.socketpair(socket.AF_UNIX, kind) for kind in kinds]
         for end in chain(*pairs):
             stack.enter_context(end)
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
-        (link, guest_end), (gateway, inner), (outer, bridge) = pairs
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 << 10)
-        uplink = Uplink(outer.fileno(), MAC.hex(":"))
-        uplink.awake = True
+            end.settimeout(SECONDS)
+        (self.link, self.guest), (gateway, self.inside), (outer, self.bridge) = pairs
+        self.uplink = Uplink(outer.fileno(), MAC.hex(":"))
         loop = Loop()
-        Wire(loop, link, gateway.fileno(), uplink)
-        for number in range(count):
-            for end, name in ((inner, b"i"), (bridge, b"o")):
+        Wire(loop, self.link, gateway.fileno(), self.uplink)
+        self._thread = threading.Thread(target=loop.run)
+        stack.callback(self._end)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _end(self) -> None:
+        self.guest.shutdown(socket.SHUT_RDWR)
+        self._thread.join(SECONDS)
+        assert not self._thread.is_alive()
+
+
+def test_each_frame_goes_where_it_belongs() -> None:
+    neighbour = STRANGER + MAC + KIND + b"for a neighbour"
+    gateway = GATEWAY_MAC + MAC + KIND + b"for the gateway"
+    everybody = EVERYBODY + MAC + KIND + b"for all"
+    with ExitStack() as stack:
+        wired = Wired(stack)
+        wired.start()
+        for frame in (neighbour, gateway, everybody):
+            wired.guest.sendall(len(frame).to_bytes(4, "big") + frame)
+        assert [wired.inside.recv(2048) for _ in range(2)] == [gateway, everybody]
+        assert [wired.bridge.recv(2048) for _ in range(2)] == [neighbour, everybody]
+
+
+def test_a_guest_that_is_slow_gets_whole_frames_of_both() -> None:
+    count = 600  # of 1,000 bytes each: more than the link holds, and less than the sockets do
+    with ExitStack() as stack:
+        wired = Wired(stack)
+        wired.uplink.awake = True
+        wired.link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 << 10)
+        ends = {b"i": wired.inside, b"o": wired.bridge}
+        for name, end in ends.items():
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
+            for number in range(count):
                 end.send(name + number.to_bytes(4, "big") + bytes(995))
-        thread = threading.Thread(target=loop.run)
-        thread.start()
-        frames: dict[bytes, list[int]] = {b"i": [], b"o": []}
-        with guest_end.makefile("rb") as stream:
+        wired.start()
+        frames: dict[bytes, list[int]] = {name: [] for name in ends}
+        with wired.guest.makefile("rb") as stream:
             for _ in range(2 * count):
                 frame = stream.read(int.from_bytes(stream.read(4), "big"))
                 assert len(frame) == 1000
                 frames[frame[:1]].append(int.from_bytes(frame[1:5], "big"))
-        guest_end.shutdown(socket.SHUT_RDWR)
-        thread.join(SECONDS)
-        assert not thread.is_alive()
     assert frames == {b"i": list(range(count)), b"o": list(range(count))}
 
 
@@ -299,10 +330,10 @@ def test_a_machine_says_where_it_is_when_it_runs_and_when_it_goes_on(
             guest.begin_with_nothing(waiting)
             waiting.finish(quick_base.image().device_state.read_bytes())
             wait_announced(card)
-            waiting.instance.hold_connections(True)
-            waiting.instance.pause()
             while not _silent(card):
                 pass
+            waiting.instance.hold_connections(True)
+            waiting.instance.pause()
             waiting.instance.resume()
             waiting.instance.hold_connections(False)
             wait_announced(card)

@@ -12,6 +12,7 @@ from tests.conftest import KEPT
 from tests.qemu.bridged import Bridged, bridged_sites, walk
 from tests.service.conftest import Made
 
+TAKEN = "another instance is at bridge guests"
 pytestmark = pytest.mark.qemu
 
 
@@ -30,3 +31,20 @@ def world(quick_base_id: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 def test_an_open_connection_goes_along(world: Bridged) -> None:
     assert list(walk(world, 3, seed=1)) == []
+
+
+def test_a_second_guest_is_refused_wherever_it_comes_from(world: Bridged) -> None:
+    here, there = world.sites
+    app = here.call.publish(world.overlay, name="first")
+    first = here.call.start(app)
+    again = here.call.post("/v1/instances", {"instance": {"app_id": app["id"]}})["operation"]
+    assert TAKEN in str(here.call.ended(again)["error"])
+    other = there.call.start(there.call.publish(world.overlay, name="other"))
+    wanted = {"instance_id": first["id"], "peer_id": here.peer_id}
+    handoff = here.call.post("/v1/handoffs", {"handoff": wanted})["operation"]
+    assert TAKEN in str(here.call.ended(handoff)["error"])
+    for site, instance in ((here, first), (there, other)):
+        assert site.call.instance(instance["id"])["state"] == "active"
+        site.call.done(site.call.delete(f"/v1/instances/{instance['id']}"))
+    for instance in here.call.get("/v1/instances")["instances"]:
+        here.call.done(here.call.delete(f"/v1/instances/{instance['id']}"))

@@ -41,6 +41,8 @@ AWAY = 1.5
 _MOST_HANDSHAKE = 400
 """Bytes of a piece that is no message: the end of a handshake."""
 _CLOCK_SECONDS = 300
+_GIVES_UP = 12.0
+"""Seconds after which who waits may give up: a site takes so long to start on a machine that is busy."""
 
 
 @dataclass
@@ -462,8 +464,11 @@ Outcome = tuple[str, bool]
 """What both sites say of the hand-off, and whether the instance lives."""
 
 
-def allowed(step: Step, fault: Fault) -> set[Outcome]:
-    """What may become of it."""
+def allowed(step: Step, fault: Fault, away: float) -> set[Outcome]:
+    """What may become of it.
+
+    :param away: seconds for which something was away; who waits for too long may give up.
+    """
     at, switch = NAMES.index(step.name), NAMES.index("switching")
     if fault.kills == "source":
         if at < switch:
@@ -471,7 +476,7 @@ def allowed(step: Step, fault: Fault) -> set[Outcome]:
         return {("completed", True)} | ({("reverted", False)} if at == switch else set())
     if fault.kills == "target":
         return {("reverted", True)} if at < NAMES.index("running") else {("completed", False)}
-    return {("completed", True)} | ({("reverted", True)} if fault.reverts else set())
+    return {("completed", True)} | ({("reverted", True)} if fault.reverts or away > _GIVES_UP else set())
 
 
 def run_cell(here: World, step: Step, fault: Fault, source: int, dice: random.Random) -> list[str]:
@@ -480,13 +485,15 @@ def run_cell(here: World, step: Step, fault: Fault, source: int, dice: random.Ra
     cell = Cell(here, step, source, dice)
     try:
         operation = cell.hold()
+        began = time.monotonic()
         fault.do(cell)
         cell.towards.open()
         fault.then(cell)
+        away = time.monotonic() - began
         outcome = _settled(cell, operation)
     finally:
         _all_is_well(cell)
-    if outcome not in allowed(step, fault):
+    if outcome not in allowed(step, fault, away):
         cell.say(f"it is {outcome[0]}, and the instance {'lives' if outcome[1] else 'has failed'}")
     _check(cell, outcome)
     if here.observer.ran_twice:

@@ -1,4 +1,4 @@
-"""The early switch between two sites that are served: a guest that changes more memory than the link carries."""
+"""The early switch between two sites that are served: a guest changes more memory than the link carries."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_what_is_lost_there_is_resumed_here_as_of_the_switch(
     kill(machine_of(there, moving.id) if killed == "machine" else keeper_of(there, moving.id))
     moving.wait_state(there, "lost")
     moving.wait_state(here, "in_doubt")
-    assert there.call.instance(moving.id)["state"] == "failed"
+    wait(lambda: there.call.instance(moving.id)["state"] == "failed")
     wait(lambda: moving.row(here)["error"])
     here.call.post(resolve, {"resolve": {"action": "resume_as_of_switch"}})
     moving.wait_state(here, "reverted")
@@ -242,9 +242,9 @@ def test_a_source_that_dies_before_the_last_page_loses_the_instance(
     kill(machine_of(here, moving.id) if killed == "machine" else keeper_of(here, moving.id))
     moving.wait_state(there, "lost")
     moving.wait_state(here, "lost")
-    instance = there.call.instance(moving.id)
-    assert instance["state"] == "failed"
-    assert "lost" in str(instance["error"]), instance["error"]
+    wait(lambda: there.call.instance(moving.id)["state"] == "failed")
+    error = there.call.instance(moving.id)["error"]
+    assert "lost" in str(error), error
     moving.delete(there)
 
 

@@ -153,7 +153,7 @@ def test_the_sample_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     file.write_text(sample(), encoding="utf-8")
     read = settings.load(str(file))
     assert read.state_dir == Path("/var/lib/cloudlet")
-    given = dict(re.findall(r"^(\w+) = (.*)$", sample(), re.MULTILINE))
+    given = dict(re.findall(r'^(\w+) = "?(.*?)"?$', sample(), re.MULTILINE))
     assert {name: str(getattr(read, name)) for name in given} == given
 
 

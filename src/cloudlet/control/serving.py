@@ -1,8 +1,8 @@
 """Serving: after an early switch the source brings its target the pages that this lacks.
 
 One thread sends, another asks the target which pages its guest waits for. These go first, then what lies
-around them, then what had changed in the last moments at the source, then the rest. Little is on its way at a
-time, so that what is waited for is not behind much else.
+around them, then what had changed in the last moments at the source, then the rest (:meth:`Left.in_turn`).
+Little is on its way at a time, so that what is waited for is not behind much else.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from cloudlet.model import PAGE_BYTES
 from cloudlet.overlay.pages import Numbers
 from cloudlet.overlay.rounds import Left
 
-_PAGES = 16
-"""Pages of a record, and of the window around one that is waited for: what the page server reads along."""
+_PAGES = 8
+"""Pages of a record."""
+_WINDOW = 16
+"""Pages around one that is waited for: those that the page server reads along."""
 _ON_ITS_WAY_SECONDS = 0.05
-"""So much of what the link carries is on its way at a time."""
-_COMPRESSED = 3
-"""How much larger pages are before they are compressed; roughly."""
-_LEAST_ON_ITS_WAY = 4 * _PAGES * PAGE_BYTES
+"""So much of what the link carries is on its way at a time, but two records at least."""
+_MOST_COMPRESSED = 4.0
 _ASK_SECONDS = 10
 _PAUSE_SECONDS = 0.5
 """Between two questions of which the first was not answered."""
@@ -45,7 +45,7 @@ class Serving:
     ) -> None:
         """Pages of which nothing is sent yet.
 
-        :param bring: puts the record of pages, in order and 16 at most.
+        :param bring: puts the record of pages, in order and 8 at most.
         :param end: puts the last record.
         """
         self.asked = 0
@@ -54,8 +54,10 @@ class Serving:
         self._courier = courier
         self._bring = bring
         self._end = end
-        self._missing = {int(page): None for numbers in (left.lately, left.before) for page in numbers}
+        self._missing: dict[int, None] = dict.fromkeys(left.in_turn().tolist())
         """In the order in which they are sent, if nobody asks."""
+        self._put, self._sent_before = 0, courier.sent
+        """Bytes of pages that were put since, and bytes that were sent before."""
         self._wanted: dict[int, None] = {}
         self._near: dict[int, None] = {}
         self._changed = threading.Condition()
@@ -100,9 +102,7 @@ class Serving:
         courier = self._courier
         try:
             while self.missing:
-                # As much as the link has shown that it carries.
-                carried = (courier.rate() or 0.0) * _ON_ITS_WAY_SECONDS * _COMPRESSED
-                courier.most_waiting = int(min(max(carried, _LEAST_ON_ITS_WAY), WAITING_BYTES))
+                courier.most_waiting = self._on_its_way()
                 courier.wait_for_room()
                 if self._closed:
                     return
@@ -114,15 +114,23 @@ class Serving:
                 self._error = error
                 self._changed.notify_all()
 
+    def _on_its_way(self) -> int:
+        """How many bytes of pages, before they are compressed, may be on their way."""
+        compressed = self._put / max(self._courier.sent - self._sent_before, 1)
+        carried = (self._courier.rate() or 0.0) * _ON_ITS_WAY_SECONDS
+        carried *= min(max(compressed, 1.0), _MOST_COMPRESSED)
+        return int(min(max(carried, _PAGES * PAGE_BYTES + 1), WAITING_BYTES))
+
     def _next(self) -> Numbers:
         """The pages to send now, in order."""
         with self._changed:
             wanted = self._taken(self._wanted)
             self.asked += len(wanted)
             for page in wanted:
-                first = page // _PAGES * _PAGES
-                self._near.update(dict.fromkeys(range(first, first + _PAGES)))
+                first = page // _WINDOW * _WINDOW
+                self._near.update(dict.fromkeys(range(first, first + _WINDOW)))
             some = wanted or self._taken(self._near) or self._taken(self._missing)
+            self._put += len(some) * PAGE_BYTES
             return np.array(sorted(some), np.uint32)
 
     def _taken(self, pages: dict[int, None]) -> list[int]:

@@ -227,6 +227,9 @@ class Instance(Protocol):
     def hold_connections(self, hold: bool) -> None:
         """Whether new connections wait in the kernel instead of reaching the guest; old ones stand still."""
 
+    def cut_connections(self) -> None:
+        """End the connections that its ports have, as far as this process may; new ones come or wait."""
+
     def generation_id(self) -> str:
         """The VM generation ID that the guest has; empty where the machine has none."""
 

@@ -89,7 +89,9 @@ class Arriving:
 
             def whole() -> None:
                 until_whole.close()
-                self._set_clock(receiving.instance, base)
+                # A guest that is slow to answer keeps nobody from the machine.
+                clock = (receiving.instance, base)
+                threading.Thread(target=self._set_clock, args=clock, name="clock", daemon=True).start()
 
             if isinstance(arrival, EarlyArrival):
                 stack.enter_context(self._filled(arrival, peer, coming.patience, whole))
@@ -115,6 +117,12 @@ class Arriving:
         return {
             **self._answer(), "missing": wish.missing, "wanted": wish.pages, "wanted_after": wish.after,
         }  # fmt: skip
+
+    @property
+    def runs(self) -> bool:
+        """Whether the machine runs here."""
+        arrival = self._arrival
+        return arrival is not None and arrival.state in (Ownership.RUNNING, Ownership.FILLING)
 
     @property
     def filling(self) -> bool:

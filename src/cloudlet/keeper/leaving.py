@@ -178,7 +178,7 @@ class Leaving:
         )
 
     def _layer(self) -> Layer | None:
-        """The app's layer: what the machine stands on, or else that of the app's image, made now if it can be."""
+        """The app's layer: what the machine stands on, or that of the app's image, made now if it can be."""
         made, images = self._made, self._site.images
         if made.instance.layer:
             return made.instance.layer
@@ -232,6 +232,7 @@ class Leaving:
         if progress.state is Ownership.SERVING and not self.forwarding:
             # What the instance holds of its sockets stays its own: it may go on here.
             self._show_way([(port, one.dup()) for port, one in self._made.instance.listeners])
+            self._made.instance.cut_connections()
         forecast = progress.forecast.to_json() if progress.forecast else None
         self._control.tell(
             keep=progress.state is not Ownership.COPYING,

@@ -35,6 +35,7 @@ from cloudlet.settings import Settings
 from cloudlet.transfer.networks import Networks
 from cloudlet.transfer.source import open_source
 
+_ARRIVED_SECONDS = 10.0
 _TOLD_SECONDS = 0.25
 """Between two words about bytes that arrive."""
 
@@ -66,6 +67,8 @@ class Keeper:
             "give_up": self._give_up,
             **{name: self._arriving(name) for name in ("records", "commit", "drop", "take", "wanted")},
         }
+        self._lives = threading.Event()
+        """Set as soon as there is a machine that runs."""
         self._leaving: Leaving | None = None
         self._arrival: Arriving | None = None
         self._control = Control(folder, commands, beside)
@@ -129,6 +132,7 @@ class Keeper:
         assert self._site
         self._made = made
         self._leaving = Leaving(self._folder, self._site, made, self._control, order)
+        self._lives.set()
         self._ready(made)
         made.instance.wait()
         if not self._leaving.gone_for_good():
@@ -171,11 +175,17 @@ class Keeper:
             self._control.tell(timings=dict(made.timings.moments), received=whole, total=whole)
 
     def _machine(self) -> Synthesised:
+        self._wait_arrived()
         if self._made is None:
             raise ConflictError("the machine is not here", hint="wait until it is active")
         if self._leaving and self._leaving.busy:
             raise ConflictError("the instance is being handed off", hint="wait for that, or cancel it")
         return self._made
+
+    def _wait_arrived(self) -> None:
+        """Wait the moment from when a machine that came from elsewhere runs until it is this keeper's."""
+        if self._arrival and self._arrival.runs:
+            self._lives.wait(_ARRIVED_SECONDS)
 
     def _check_whole(self) -> None:
         """That the machine can be handed on.
@@ -189,6 +199,7 @@ class Keeper:
 
     def _depart(self, message: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         """Hand the machine off; who asks again is told the same."""
+        self._wait_arrived()
         if not self._leaving:
             raise ConflictError("the machine is not here", hint="wait until it is active")
         self._check_whole()

@@ -140,7 +140,8 @@ class RoundWriter:
         self._table.put(Space.RAM, numbers[same], digests[same])
         self._same[Space.RAM].append(numbers[same])
         lately = changed & self._seen.changed(Space.RAM, numbers, digests)
-        return Left(numbers[lately], numbers[changed & ~lately])
+        before = changed & ~lately
+        return Left(numbers[lately], numbers[before], _filled_words(rows[before]))
 
     def missing_record(self, left: Left) -> Record:
         """The record that names all pages that were left.
@@ -241,6 +242,14 @@ class Left:
     """Those that have changed since they were looked at last: they are what will be read first."""
     before: Numbers
     """Those that had changed before."""
+    filled: NDArray[np.intp]
+    """How many words of each of these are not zero."""
+
+    def in_turn(self) -> Numbers:
+        """All of them, those that are likely to be read first before the others: what has changed lately, then
+        what is emptier. That is bookkeeping more often than data, and takes fewer bytes.
+        """
+        return np.concatenate((self.lately, self.before[np.argsort(self.filled, kind="stable")]))
 
     @property
     def numbers(self) -> Numbers:
@@ -254,7 +263,12 @@ class Left:
         return cls(
             np.concatenate([nothing, *(part.lately for part in parts)]),
             np.concatenate([nothing, *(part.before for part in parts)]),
+            np.concatenate([np.empty(0, np.intp), *(part.filled for part in parts)]),
         )
+
+
+def _filled_words(rows: Rows) -> NDArray[np.intp]:
+    return np.asarray(np.count_nonzero(rows.view(np.uint64), axis=1), np.intp)
 
 
 @dataclass(slots=True)

@@ -118,6 +118,20 @@ def test_what_changed_lately_is_told_from_what_changed_before(held: Held) -> Non
     assert source.left.numbers.tolist() == [11, 12, 13, 14]
 
 
+def test_what_is_emptier_goes_first_of_what_changed_before(held: Held) -> None:
+    source = started(held)
+    for number, filled in ((15, 64), (16, 8)):
+        row = np.zeros(4096, np.uint8)
+        row[:filled] = 7
+        source.change(Space.RAM, number, row)
+    source.glance()
+    source.change(Space.RAM, 60, noise(1, seed=77)[0])
+    source.leave()
+    turn = source.left.in_turn().tolist()
+    assert turn[:3] == [60, 16, 15]
+    assert sorted(turn) == source.left.numbers.tolist()
+
+
 def test_a_page_that_is_as_the_target_holds_it_is_not_missing(held: Held) -> None:
     source, target = started(held), Target(held)
     source.change(Space.RAM, 20, held.pages[Space.RAM][20])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cloudlet.errors import FailedError
+from cloudlet.hypervisor.connections import cut_connections
 from cloudlet.hypervisor.driver import BaseCapture, Capture, Listener, RunState
 from cloudlet.hypervisor.fake.devices import read_state
 from cloudlet.hypervisor.fake.rounds import FakeRounds, Files, differing, digest_files
@@ -100,6 +101,10 @@ class FakeInstance:
     def hold_connections(self, hold: bool) -> None:
         """Have the machine leave its ports alone, or serve them again."""
         self.tell("hold", hold=hold)
+
+    def cut_connections(self) -> None:
+        if self.record.machine:
+            cut_connections(self.record.machine.pid, {port.host_port for port in self.endpoints})
 
     def generation_id(self) -> str:
         return str(self.tell("generation"))

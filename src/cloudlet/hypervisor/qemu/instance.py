@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from cloudlet.errors import FailedError, RefusedError
+from cloudlet.hypervisor.connections import cut_connections
 from cloudlet.hypervisor.driver import BaseCapture, Capture, Layer, Listener, Paging, RunState
 from cloudlet.hypervisor.qemu import capture, changed, launch, page_server, ramblocks, sections, stream
 from cloudlet.hypervisor.qemu.agent import QemuGuestAgent
@@ -156,6 +157,10 @@ class QemuInstance:
             self.record.network.send_signal(signal.SIGSTOP if hold else signal.SIGCONT)
         if not hold:
             self.announce()  # its copy at another site may have done so already
+
+    def cut_connections(self) -> None:
+        if self.record.network:
+            cut_connections(self.record.network.pid, {port.host_port for port in self.endpoints})
 
     def generation_id(self) -> str:
         return str(self.monitor.execute("query-vm-generation-id")["guid"])

@@ -119,7 +119,7 @@ def equal(lab: Lab, results: Results) -> None:
                     both.hand_off(here, there, instance["id"], **terms)
                 except FailedError as error:
                     say(f"  {error.message}")
-                    results.notes["handoff.equal"] = error.message
+                    results.notes.setdefault("handoff.equal", error.message)
                     results.add("handoff.equal", False)
                     continue
                 here, there = there, here

@@ -62,6 +62,23 @@ def test_a_guest_goes_there_and_back(
     here.call.done(here.call.delete(f"/v1/instances/{instance['id']}"))
 
 
+def test_what_it_left_behind_does_not_come_back(sites: tuple[PeerSite, PeerSite], early: Hello) -> None:
+    """Pages of the overlay that are the base's again: a machine that stands on the base does not own them."""
+    here, there = sites
+    for site in sites:
+        if not site.call.get("/v1/overlays")["overlays"]:
+            site.call.publish(early.path, name="early")
+    instance = here.call.start(here.call.get("/v1/apps")["apps"][0])
+    page(instance, "/cold")
+    for number, overlay in enumerate(("nothing", "nothing", "any", "nothing", "any")):
+        source, target = (here, there) if number % 2 == 0 else (there, here)
+        source.hand_off(instance, verify="full", overlay=overlay)
+        assert target.call.instance(instance["id"])["state"] == "active"
+    there.call.done(there.call.delete(f"/v1/instances/{instance['id']}"))
+    here.call.done(here.call.delete(f"/v1/instances/{instance['id']}"))
+
+
+@pytest.mark.slow
 def test_a_guest_goes_to_a_newer_qemu_and_back(early: Hello, hashed: str, tmp_path: Path) -> None:
     """From Debian 12's QEMU to Debian 13's, and back."""
     made = Made(KEPT / "cache", early.keys, early.base_id, early.path)

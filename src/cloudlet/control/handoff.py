@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from typing import Any
 
@@ -74,6 +74,9 @@ class Parcel:
     seed: int
     with_layer: bool
     """Whether the target lacks the layer on which the machine stands here."""
+    besides: Mapping[Space, Numbers] = field(default_factory=dict)
+    """Pages that the target holds otherwise than what the machine stands on here: they may differ, though the
+    machine has never written them."""
 
 
 @dataclass(slots=True)
@@ -294,7 +297,7 @@ class Departure:
                 ) as courier,
             ):
                 writer = RoundWriter(parcel.known, parcel.index, parcel.seed, leaves=terms.early)
-                yield _Sender(rounds, writer, courier, workers, self._pace)
+                yield _Sender(rounds, writer, courier, workers, self._pace, parcel.besides)
         finally:
             rounds.close()
 
@@ -335,7 +338,10 @@ class Departure:
     def _switch_early(self, sender: _Sender) -> None:
         """The machine stands still, and is given away before its memory has gone over, which follows."""
         device_state = self._stop(sender, early=True)
+        print("EARLYDBG stood", self._stood_at, flush=True)
+        print("EARLYDBG stopped", time.monotonic(), flush=True)
         left = sender.leave()
+        print("EARLYDBG looked", time.monotonic(), left.lately.size, left.before.size, flush=True)
         sender.end(device_state, bytes(32))
         self.statistics.early, self.statistics.missing_pages = True, left.numbers.size
 
@@ -344,7 +350,10 @@ class Departure:
 
         with Serving(self._peer, sender.courier, left, sender.bring, end) as serving:
             try:
-                self._give_away(self._loaded(serving), sender)
+                answer = self._loaded(serving)
+                print("EARLYDBG heard loaded", time.monotonic(), flush=True)
+                self._give_away(answer, sender)
+                print("EARLYDBG committed", time.monotonic(), flush=True)
                 sender.courier.patience = math.inf
                 self._serving = serving
                 self.conclude()
@@ -390,10 +399,10 @@ class Departure:
 
     def _serve(self) -> None:
         """Wait until the target has all of it; where that cannot be, until an operator speaks."""
-        heard, lost = time.monotonic(), ""
+        heard, told, lost = time.monotonic(), 0.0, ""
         while self.state is Ownership.SERVING:
-            answer = self._hear()
-            heard = time.monotonic() if answer else heard
+            answer, now = self._hear(), time.monotonic()
+            heard = now if answer else heard
             if answer and answer.state in (Ownership.LOST, Ownership.DROPPED, "unknown"):
                 lost = answer.reason or "it is gone at the target"
             elif answer and answer.state == Ownership.FILLING and not self._can_serve():
@@ -405,8 +414,9 @@ class Departure:
                     self._revert("an operator resumed it as of the switch", as_of_switch=True)
                 elif self._word or (lost and not self._stands_here()):
                     self._ownership.become(Ownership.LOST, reason=lost or "an operator gave it up")
-            silent = time.monotonic() - heard > DOUBT_SECONDS
-            self._tell(self._left_to_serve(), in_doubt=bool(lost) or silent, error=lost)
+            if now - told > _LOOK_SECONDS:
+                told, silent = now, now - heard > DOUBT_SECONDS
+                self._tell(self._left_to_serve(), in_doubt=bool(lost) or silent, error=lost)
         if self._stood_at:
             self.statistics.serving_seconds = round(time.monotonic() - self._stood_at, 3)
 
@@ -434,6 +444,7 @@ class Departure:
         return Forecast(round(seconds, 3), left, 0.0, can_be_lost=True)
 
     def _note_pause(self) -> None:
+        print("EARLYDBG heard running", time.monotonic(), flush=True)
         if self._stood_at:
             self.statistics.pause_seconds = round(time.monotonic() - self._stood_at, 4)
 
@@ -451,6 +462,7 @@ class _Sender:
     courier: Courier
     workers: ThreadPoolExecutor
     pace: Pace
+    besides: Mapping[Space, Numbers]
     number: int = 0
     looked: int = 0
 
@@ -516,6 +528,8 @@ class _Sender:
         room: Rows = np.empty((FRAME_PAGES, PAGE_BYTES), np.uint8)
         for space in (Space.DISK, Space.RAM):
             held = self.rounds.held(space)
+            if self.number < 2 and space in self.besides:
+                held = np.union1d(held, self.besides[space]).astype(np.uint32)
             for at in range(0, held.size, FRAME_PAGES):
                 numbers = held[at : at + FRAME_PAGES]
                 rows = room[: numbers.size]

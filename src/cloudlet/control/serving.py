@@ -25,7 +25,7 @@ _PAGES = 8
 _WINDOW = 16
 """Pages around one that is waited for: those that the page server reads along."""
 _ON_ITS_WAY_SECONDS = 0.05
-"""So much of what the link carries is on its way at a time, but two records at least."""
+"""So much of what the link carries is on its way at a time, but two records at least and in a hurry."""
 _MOST_COMPRESSED = 4.0
 _ASK_SECONDS = 10
 _PAUSE_SECONDS = 0.5
@@ -48,6 +48,8 @@ class Serving:
         :param bring: puts the record of pages, in order and 8 at most.
         :param end: puts the last record.
         """
+        self.hurries = True
+        """Whether the target waits for what it asks for with its machine standing still."""
         self.asked = 0
         """Pages that were sent because the guest waited for them."""
         self._peer = peer
@@ -119,7 +121,8 @@ class Serving:
         compressed = self._put / max(self._courier.sent - self._sent_before, 1)
         carried = (self._courier.rate() or 0.0) * _ON_ITS_WAY_SECONDS
         carried *= min(max(compressed, 1.0), _MOST_COMPRESSED)
-        return int(min(max(carried, _PAGES * PAGE_BYTES + 1), WAITING_BYTES))
+        least = _PAGES * PAGE_BYTES + 1
+        return least if self.hurries else int(min(max(carried, least), WAITING_BYTES))
 
     def _next(self) -> Numbers:
         """The pages to send now, in order."""
@@ -147,12 +150,20 @@ class Serving:
         after = 0
         while not self._closed:
             answer = answered(partial(self._peer.wanted, after, _ASK_SECONDS))
-            told = (answer.told or {}) if answer else {}
+            pages, number = _wish_in(answer)
             with self._changed:
                 if answer:
                     self._heard = answer
-                    self._wanted.update(dict.fromkeys(map(int, told.get("wanted") or ())))
+                    self._wanted.update(dict.fromkeys(pages))
                     self._changed.notify_all()
-                if not answer or "wanted_after" not in told:
+                if number is None:
                     self._changed.wait_for(lambda: self._closed, _PAUSE_SECONDS)
-            after = int(told.get("wanted_after") or after)
+            after = after if number is None else number
+
+
+def _wish_in(answer: PeerState | None) -> tuple[list[int], int | None]:
+    """Which pages a target asks for, and the number to ask with next; what cannot be is passed over."""
+    told = (answer.told or {}) if answer else {}
+    pages, number = told.get("wanted"), told.get("wanted_after")
+    asked = [page for page in pages if isinstance(page, int)] if isinstance(pages, list) else []
+    return asked, number if isinstance(number, int) and number >= 0 else None

@@ -230,7 +230,7 @@ class Arriving:
         arrival = self._arrival
         assert arrival
         self._control.tell(
-            keep=arrival.state is not Ownership.RECEIVING or bool(changes),
+            keep=arrival.state not in (Ownership.RECEIVING, Ownership.FILLING) or bool(changes),
             handoff={
                 "state": arrival.state.value,
                 "records": arrival.count,

@@ -26,6 +26,7 @@ from cloudlet.keeper.correspondence import HttpPeer
 from cloudlet.keeper.order import Order, raised
 from cloudlet.overlay.index import JoinedIndex, Lookup, index_of_layer
 from cloudlet.overlay.known import KnownPages
+from cloudlet.overlay.pages import Numbers, Space
 from cloudlet.transfer.source import open_source
 
 Told = Callable[[int, int], None]
@@ -165,16 +166,19 @@ class Leaving:
         base = self._site.bases.get(made.root.base)
         pages = stack.enter_context(base.pages())
         indexes: list[Lookup] = [base.index()]
+        besides: Mapping[Space, Numbers] = {}
         if shared := message["holds"] == "overlay":
             if not (layer := self._layer()):
                 raise NotFoundError("the image of the app is gone", hint="hand it off once more")
             held = stack.enter_context(hypervisor.layer_pages(layer, base.machine))
             known = KnownPages(pages, held, layer.overlay_id)
-            indexes.append(index_of_layer(known))
+            indexes.insert(0, index_of_layer(known))
+            if not made.instance.layer:
+                besides = {space: pages_of.numbers for space, pages_of in held.items()}
         else:
             known = KnownPages(pages)
         return Parcel(
-            made.instance, known, JoinedIndex(indexes), int(message["seed"], 16), with_layer=not shared
+            made.instance, known, JoinedIndex(indexes), int(message["seed"], 16), not shared, besides
         )
 
     def _layer(self) -> Layer | None:

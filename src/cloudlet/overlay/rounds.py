@@ -141,7 +141,9 @@ class RoundWriter:
         self._same[Space.RAM].append(numbers[same])
         lately = changed & self._seen.changed(Space.RAM, numbers, digests)
         before = changed & ~lately
-        return Left(numbers[lately], numbers[before], _filled_words(rows[before]))
+        return Left(
+            numbers[lately], numbers[before], _filled_words(rows[lately]), _filled_words(rows[before])
+        )
 
     def missing_record(self, left: Left) -> Record:
         """The record that names all pages that were left.
@@ -242,14 +244,16 @@ class Left:
     """Those that have changed since they were looked at last: they are what will be read first."""
     before: Numbers
     """Those that had changed before."""
-    filled: NDArray[np.intp]
-    """How many words of each of these are not zero."""
+    filled_lately: NDArray[np.intp]
+    """How many words of each page are not zero."""
+    filled_before: NDArray[np.intp]
 
     def in_turn(self) -> Numbers:
         """All of them, those that are likely to be read first before the others: what has changed lately, then
         what is emptier. That is bookkeeping more often than data, and takes fewer bytes.
         """
-        return np.concatenate((self.lately, self.before[np.argsort(self.filled, kind="stable")]))
+        lately = self.lately[np.argsort(self.filled_lately, kind="stable")]
+        return np.concatenate((lately, self.before[np.argsort(self.filled_before, kind="stable")]))
 
     @property
     def numbers(self) -> Numbers:
@@ -259,11 +263,12 @@ class Left:
     @classmethod
     def of(cls, parts: Sequence[Left]) -> Left:
         """All parts together."""
-        nothing = np.empty(0, np.uint32)
+        no_pages, no_counts = np.empty(0, np.uint32), np.empty(0, np.intp)
         return cls(
-            np.concatenate([nothing, *(part.lately for part in parts)]),
-            np.concatenate([nothing, *(part.before for part in parts)]),
-            np.concatenate([np.empty(0, np.intp), *(part.filled for part in parts)]),
+            np.concatenate([no_pages, *(part.lately for part in parts)]),
+            np.concatenate([no_pages, *(part.before for part in parts)]),
+            np.concatenate([no_counts, *(part.filled_lately for part in parts)]),
+            np.concatenate([no_counts, *(part.filled_before for part in parts)]),
         )
 
 

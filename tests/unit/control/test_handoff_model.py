@@ -27,7 +27,7 @@ from cloudlet.settings import Settings
 from tests.service.conftest import make
 from tests.unit.control.handoff_model import FAULTS, MESSAGES, Fault, World
 
-RUNS = int(os.environ.get("CLOUDLET_MODEL_RUNS", "25"))
+RUNS = int(os.environ.get("CLOUDLET_MODEL_RUNS", "15"))
 PLANS = st.lists(
     st.builds(Fault, st.sampled_from(MESSAGES), st.integers(1, 3), st.sampled_from(FAULTS)), max_size=3
 )

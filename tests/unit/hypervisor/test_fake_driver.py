@@ -131,6 +131,7 @@ def test_fake_machines_have_no_layers(site: Site, base: Base, tmp_path: Path) ->
         lambda: site.hypervisor.receive(base.image(), layer=layer),
         lambda: site.hypervisor.layer_pages(layer, base.machine),
         lambda: site.hypervisor.layer_sink(base.image(), layer),
+        lambda: site.hypervisor.receive_early(base.image(), lambda *_: None),
     ):
         with pytest.raises(RefusedError, match="all of their overlay"):
             attempt()

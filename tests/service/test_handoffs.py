@@ -111,9 +111,7 @@ def test_while_it_moves_nothing_else_is_done_with_it(sites: Sites, instance: dic
 
 def test_refused_before_a_byte_of_it(sites: Sites, instance: dict[str, Any]) -> None:
     here, there = sites
-    assert "neither here nor can be fetched" in failed(
-        here.call, create(here, instance, overlay="overlay")
-    )
+    assert "neither here nor can be fetched" in failed(here.call, create(here, instance, overlay="overlay"))
     there.call.patch("/v1/cloudlets/self", {"cloudlet": {"state": "draining"}})
     try:
         assert "being emptied" in failed(here.call, create(here, instance))

@@ -129,7 +129,6 @@ class EarlyArrival(Arrival):
             # Its QEMU waits for pages, too: it does what it is told when they have come.
             with suppress(CloudletError):
                 self._receiving.instance.resume()
-                print("EARLYDBG T resumed", time.monotonic(), self._early.progress(), flush=True)
                 self._receiving.instance.announce()
         self._note()
 
@@ -184,9 +183,7 @@ class EarlyArrival(Arrival):
     def _load(self, device_state: bytes) -> None:
         """Load the devices, beside the records that bring what loading them reads."""
         try:
-            print("EARLYDBG T load", time.monotonic(), self._early.progress().stalls, flush=True)
             self._early.load(device_state)
-            print("EARLYDBG T loaded", time.monotonic(), self._early.progress(), [p for _, p in self._wanted._news], flush=True)
             with self._loading:
                 self._ownership.become(Ownership.LOADED)
         except (CloudletError, OSError) as error:

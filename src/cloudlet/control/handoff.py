@@ -338,11 +338,11 @@ class Departure:
     def _switch_early(self, sender: _Sender) -> None:
         """The machine stands still, and is given away before its memory has gone over, which follows."""
         device_state = self._stop(sender, early=True)
-        print("EARLYDBG stood", self._stood_at, flush=True)
-        print("EARLYDBG stopped", time.monotonic(), flush=True)
         left = sender.leave()
-        print("EARLYDBG looked", time.monotonic(), left.lately.size, left.before.size, flush=True)
         sender.end(device_state, bytes(32))
+        if not left.numbers.size:  # its guest has stood still by itself, since
+            self._give_away(sender.courier.flush(), sender)
+            return
         self.statistics.early, self.statistics.missing_pages = True, left.numbers.size
 
         def end() -> None:
@@ -350,11 +350,8 @@ class Departure:
 
         with Serving(self._peer, sender.courier, left, sender.bring, end) as serving:
             try:
-                answer = self._loaded(serving)
-                print("EARLYDBG heard loaded", time.monotonic(), flush=True)
-                self._give_away(answer, sender)
-                print("EARLYDBG committed", time.monotonic(), flush=True)
-                sender.courier.patience = math.inf
+                self._give_away(self._loaded(serving), sender)
+                sender.courier.patience, serving.hurries = math.inf, False
                 self._serving = serving
                 self.conclude()
             finally:
@@ -444,7 +441,6 @@ class Departure:
         return Forecast(round(seconds, 3), left, 0.0, can_be_lost=True)
 
     def _note_pause(self) -> None:
-        print("EARLYDBG heard running", time.monotonic(), flush=True)
         if self._stood_at:
             self.statistics.pause_seconds = round(time.monotonic() - self._stood_at, 4)
 

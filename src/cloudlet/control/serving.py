@@ -20,7 +20,7 @@ from cloudlet.model import PAGE_BYTES
 from cloudlet.overlay.pages import Numbers
 from cloudlet.overlay.rounds import Left
 
-_PAGES = 8
+_PAGES, _PAGES_IN_A_HURRY = 8, 4
 """Pages of a record."""
 _WINDOW = 16
 """Pages around one that is waited for: those that the page server reads along."""
@@ -121,8 +121,12 @@ class Serving:
         compressed = self._put / max(self._courier.sent - self._sent_before, 1)
         carried = (self._courier.rate() or 0.0) * _ON_ITS_WAY_SECONDS
         carried *= min(max(compressed, 1.0), _MOST_COMPRESSED)
-        least = _PAGES * PAGE_BYTES + 1
+        least = self._pages * PAGE_BYTES + 1
         return least if self.hurries else int(min(max(carried, least), WAITING_BYTES))
+
+    @property
+    def _pages(self) -> int:
+        return _PAGES_IN_A_HURRY if self.hurries else _PAGES
 
     def _next(self) -> Numbers:
         """The pages to send now, in order."""
@@ -139,7 +143,7 @@ class Serving:
     def _taken(self, pages: dict[int, None]) -> list[int]:
         """The first of these pages that are missing; they are not any more."""
         taken: list[int] = []
-        while pages and len(taken) < _PAGES:
+        while pages and len(taken) < self._pages:
             page = next(iter(pages))
             del pages[page]
             if pages is self._missing or self._missing.pop(page, page) is None:

@@ -249,8 +249,10 @@ class Left:
     filled_before: NDArray[np.intp]
 
     def in_turn(self) -> Numbers:
-        """All of them, those that are likely to be read first before the others: what has changed lately, then
-        what is emptier. That is bookkeeping more often than data, and takes fewer bytes.
+        """All of them, those first that are likely to be read first.
+
+        What has changed lately, then the rest; of both what is emptier first: that is bookkeeping more often
+        than data, and takes fewer bytes.
         """
         lately = self.lately[np.argsort(self.filled_lately, kind="stable")]
         return np.concatenate((lately, self.before[np.argsort(self.filled_before, kind="stable")]))

@@ -9,12 +9,14 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from oslo_log import log
 from sqlalchemy.engine import Connection
 
 from cloudlet.control.courier import PeerState
@@ -57,6 +59,7 @@ from cloudlet.transfer.source import open_source
 if TYPE_CHECKING:
     from cloudlet.service.site import ServedSite
 
+LOG = log.getLogger(__name__)
 _COMING = tuple(state for state in HandoffState if not state.ended)
 _ASK_SECONDS = 10.0
 _LOAD_SECONDS = 80.0
@@ -195,7 +198,7 @@ class Arrivals:
         """
         if epoch != handoff.epoch:
             raise ConflictError(f"the hand-off is of epoch {handoff.epoch}, not {epoch}")
-        return self._ask(handoff, "commit", _ASK_SECONDS, epoch=epoch)
+        return self._ask(handoff, "commit", _ASK_SECONDS, answers_first=True, epoch=epoch)
 
     def drop(self, handoff: Handoff) -> PeerState:
         """The source keeps the instance.
@@ -286,8 +289,13 @@ class Arrivals:
         if not self._site.keeping.keepers.lives(handoff.instance_id):
             self._site.keeping.end(handoff.instance_id)
 
-    def _ask(self, handoff: Handoff, what: str, timeout: float, **more: Any) -> PeerState:
-        """Have the keeper do something; what has become of the hand-off then."""
+    def _ask(
+        self, handoff: Handoff, what: str, timeout: float, *, answers_first: bool = False, **more: Any
+    ) -> PeerState:
+        """Have the keeper do something; what has become of the hand-off then.
+
+        :param answers_first: the source waits for the answer with its users: the rows are written meanwhile.
+        """
         if handoff.state.ended:
             return _ended(handoff)
         try:
@@ -296,7 +304,25 @@ class Arrivals:
             if self._site.keeping.keepers.lives(handoff.instance_id):
                 raise
             return self.state(handoff)
-        return self._said(handoff, Ownership(said["state"]), said["reason"], records=said["records"])
+        state = Ownership(said["state"])
+        if answers_first and state in (Ownership.RUNNING, Ownership.FILLING):
+            return self._runs(handoff, state, said["records"])
+        return self._said(handoff, state, said["reason"], records=said["records"])
+
+    def _runs(self, handoff: Handoff, state: Ownership, records: int) -> PeerState:
+        """The answer that it runs here, before the rows say so; who asks next has them written, if need be."""
+        status = self._site.keeping.keepers.status(handoff.instance_id)
+        last = self._site.database.read(journal.last_number)
+        told = {"endpoints": endpoints_of(status) if status else [], "events_after": last}
+
+        def write() -> None:
+            try:
+                self._said(handoff, state, "", records=records)
+            except Exception:
+                LOG.exception("that instance %s has come could not be noted", handoff.instance_id)
+
+        threading.Thread(target=write, name="arrived", daemon=True).start()
+        return PeerState(state, records, told=told)
 
     def _said(
         self,

@@ -97,7 +97,14 @@ class Move(_OfHandoff):
                 self.running.check()
                 raise
             done = self._conclude(handoff)
+        self._let_it_be_written(handoff)
         self.departures.moved(handoff, done["told"], done["statistics"])
+
+    def _let_it_be_written(self, handoff: Handoff) -> None:
+        """Wait until the target's rows say what it has answered: who looks there next finds the instance."""
+        peer = self.departures.peer(handoff)
+        answered(peer.state)
+        peer.close()
 
     def undo(self) -> None:
         """Have the keeper stop it, which goes on by itself whoever waits for it."""

@@ -31,6 +31,7 @@ class QemuReceiving:
         """Wait for the network and the base's RAM, and open the stream."""
         self._starting.wait()
         self._stream.open()
+        self.instance.state()  # the monitor's first answer takes longest, and is not for the pause
 
     def pages(self, batch: PageBatch) -> None:
         """Load pages; of one that comes again the last content counts."""

@@ -310,7 +310,7 @@ class Arrivals:
         return self._said(handoff, state, said["reason"], records=said["records"])
 
     def _runs(self, handoff: Handoff, state: Ownership, records: int) -> PeerState:
-        """The answer that it runs here, before the rows say so; who asks next has them written, if need be."""
+        """The answer that it runs here, before the rows say so; who asks next has them written if need be."""
         status = self._site.keeping.keepers.status(handoff.instance_id)
         last = self._site.database.read(journal.last_number)
         told = {"endpoints": endpoints_of(status) if status else [], "events_after": last}

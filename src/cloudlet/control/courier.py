@@ -270,7 +270,7 @@ class Courier:
             if answer:
                 self.sent += len(batch.body)
                 self._bytes -= batch.size
-                if answer.records >= self.answer.records:
+                if answer.records >= self.answer.records or answer.state not in _TAKES:
                     self.answer = answer
             self._changed.notify_all()
 

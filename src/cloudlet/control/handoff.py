@@ -28,7 +28,7 @@ from cloudlet.control.courier import Courier, Peer, PeerState, answered
 from cloudlet.control.ownership import Ownership, OwnershipFile
 from cloudlet.control.pace import GUESSED_RATE, Forecast, Pace, Round, Terms
 from cloudlet.control.serving import Serving
-from cloudlet.errors import CloudletError, ConflictError, FailedError, of_the_system
+from cloudlet.errors import CloudletError, ConflictError, FailedError, UnreachableError, of_the_system
 from cloudlet.hypervisor.driver import Instance, Receiving, Rounds, RunState
 from cloudlet.model import PAGE_BYTES
 from cloudlet.overlay.index import Lookup
@@ -40,6 +40,8 @@ from cloudlet.overlay.rounds import Ended, Left, RoundReader, RoundWriter, pack
 
 _HAS_RUN = (Ownership.RUNNING, Ownership.FILLING, Ownership.LOST)
 """The target was told that it may run the machine, though here that is forgotten."""
+_STANDING_SECONDS = 10.0
+"""So long the machine stands still for a peer that does not answer, before it goes on here."""
 DOUBT_SECONDS = 10.0
 """So long a side waits for the other's word before it says that it is in doubt."""
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
@@ -159,7 +161,7 @@ class Departure:
                 else:
                     self._switch(sender)
         except BaseException as error:
-            self.revert(_reason_of(error))
+            self.revert(_reason_of(error), silent=isinstance(error.__cause__, UnreachableError))
             if self.state is Ownership.REVERTED:
                 raise
         return self.conclude()
@@ -173,18 +175,20 @@ class Departure:
             self._conclude_without_machine()
         wait, began = _FIRST_WAIT, time.monotonic()
         while self.state is Ownership.COMMITTED:
-            answer = answered(lambda: self._peer.commit(self._ownership.record.epoch))
+            kept = self._keep
+            answer = self._ask_to_drop() if kept else answered(self._commit)
             with self._deciding, suppress(OSError):  # it cannot be written down: it is asked again
-                if self._keep:
-                    self._revert("its operator kept it")
-                elif answer and answer.state == Ownership.RUNNING:
+                if answer and answer.state == Ownership.RUNNING:
                     self._ownership.become(Ownership.COMPLETED, told=answer.told or {})
                     self._note_pause()
                 elif answer and answer.state in (Ownership.FILLING, Ownership.LOST):
                     self._ownership.become(Ownership.SERVING, told=answer.told or {})
                     self._note_pause()
                 elif answer and answer.state == Ownership.DROPPED:
-                    self._revert(f"it was lost at the target before it ran there: {answer.reason}")
+                    why = "its operator kept it" if kept else "it was lost at the target before it ran there"
+                    self._revert(f"{why}: {answer.reason}" if answer.reason else why)
+                elif kept:
+                    self._revert("its operator kept it")
                 else:
                     self._tell(in_doubt=time.monotonic() - began > DOUBT_SECONDS)
             if self.state is Ownership.COMMITTED:
@@ -199,6 +203,13 @@ class Departure:
         if self.state is Ownership.LOST:
             raise FailedError(f"the instance is lost: {self._ownership.record.reason}")
         return self.state
+
+    def _commit(self) -> PeerState:
+        return self._peer.commit(self._ownership.record.epoch)
+
+    def _ask_to_drop(self) -> PeerState | None:
+        """What the target says when it is told to give the copy up; if it cannot any more, what it is."""
+        return answered(self._peer.drop) or answered(self._peer.state)
 
     def cancel(self) -> None:
         """Have the machine stay here.
@@ -244,8 +255,16 @@ class Departure:
                 raise ConflictError("the instance runs at its target", hint="wait until its memory is there")
             self._word = word
 
-    def revert(self, reason: str) -> None:
-        """The machine goes on here; unless it is given away."""
+    def revert(self, reason: str, *, silent: bool = False) -> None:
+        """The machine goes on here; unless it is given away, or the target runs it by its operator's word.
+
+        :param silent: whether the target does not answer anyway: the machine does not stand still for longer.
+        """
+        if self.state is Ownership.SWITCHING and not silent:
+            answer = self._ask_to_drop()
+            if answer and answer.state in _HAS_RUN:
+                with self._deciding, suppress(OSError):
+                    self._ownership.become(Ownership.COMMITTED)
         while self.state in (Ownership.COPYING, Ownership.SWITCHING):
             try:
                 with self._deciding:
@@ -364,6 +383,7 @@ class Departure:
         assert self._parcel
         self._ownership.become(Ownership.SWITCHING, early=early)
         self._tell()
+        sender.courier.patience = min(sender.courier.patience, _STANDING_SECONDS)
         self._stood_at = time.monotonic()
         self._parcel.instance.hold_connections(True)
         device_state, _ = sender.rounds.settle()
@@ -387,7 +407,7 @@ class Departure:
         self.statistics.private_bytes = sender.looked * PAGE_BYTES
         self.statistics.level = self._pace.level
         self.statistics.rate = sender.courier.rate()
-        if answer.state != Ownership.LOADED:
+        if answer.state != Ownership.LOADED and answer.state not in _HAS_RUN:
             raise FailedError(f"the target has not loaded the machine: {answer.reason or answer.state}")
         with self._deciding:
             if self._stopped.is_set():
@@ -579,6 +599,10 @@ class Arrival:
     def takes_records(self) -> bool:
         """Whether more of it may come."""
         return self.state is Ownership.RECEIVING
+
+    def is_of(self, handoff: str) -> bool:
+        """Whether it is of the hand-off with this id."""
+        return self._ownership.record.handoff == handoff
 
     def records(self, first: int, body: bytes) -> None:
         """Load whole records, of which the first has the number ``first``; those known are passed over.

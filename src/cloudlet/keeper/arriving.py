@@ -41,22 +41,22 @@ class Arriving:
 
     def records(self, message: Mapping[str, Any], _: Progress) -> dict[str, Any]:
         """Load records that came."""
-        self._begun().records(int(message["first"]), message["body"])
+        self._begun(message).records(int(message["first"]), message["body"])
         return self._answer()
 
     def commit(self, message: Mapping[str, Any], _: Progress) -> dict[str, Any]:
         """The machine is this site's."""
-        self._begun().commit(int(message["epoch"]))
+        self._begun(message).commit(int(message["epoch"]))
         return self._answer()
 
     def drop(self, message: Mapping[str, Any], _: Progress) -> dict[str, Any]:
         """Give the copy up."""
-        self._begun().drop(str(message["reason"]))
+        self._begun(message).drop(str(message["reason"]))
         return self._answer()
 
-    def take(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
+    def take(self, message: Mapping[str, Any], _: Progress) -> dict[str, Any]:
         """An operator's word while the source is silent: it runs here."""
-        self._begun().take()
+        self._begun(message).take()
         return self._answer()
 
     @contextmanager
@@ -196,10 +196,13 @@ class Arriving:
         finally:
             arrival.lose("it was ended before all of its memory had come")
 
-    def _begun(self) -> Arrival:
+    def _begun(self, message: Mapping[str, Any] | None = None) -> Arrival:
+        """The arrival, which has to be that of the hand-off that a message is about."""
         self._there.wait(30.0)
         if self._arrival is None:
             raise ConflictError("the machine cannot be filled yet")
+        if message is not None and not self._arrival.is_of(str(message.get("handoff"))):
+            raise ConflictError("the machine comes by another hand-off")
         return self._arrival
 
     def _known(self, base: Base, layer: Layer | None, stack: ExitStack) -> KnownPages:

@@ -74,6 +74,10 @@ class Leaving:
         """Whether the machine is leaving just now, and nothing else may be done with it."""
         return self._thread is not None and self._thread.is_alive()
 
+    def is_about(self, handoff: str) -> bool:
+        """Whether the machine leaves, or last left, by this hand-off."""
+        return handoff == self._handoff
+
     def describe(self) -> dict[str, Any]:
         """What another site has to know of the machine, to have it."""
         made = self._made
@@ -147,8 +151,9 @@ class Leaving:
         stack = ExitStack()
         try:
             parcel = self._parcel(message, stack)
+            terms = Terms.from_json(message["terms"])  # before anything is written down
             self._departure = Departure(
-                OwnershipFile(self._folder, record), peer, Terms.from_json(message["terms"]), parcel,
+                OwnershipFile(self._folder, record), peer, terms, parcel,
                 self._progress, message.get("rate"),
             )  # fmt: skip
         except BaseException:
@@ -208,15 +213,26 @@ class Leaving:
     def _left(self) -> None:
         """The machine is another site's: end what there is of it here, and show its users the way."""
         self._told = dict(self._departure.told) if self._departure else {}
-        if not self.forwarding:
-            self._show_way(self._made.instance.take_listeners())
-        self._made.instance.stop()
+        try:
+            if not self.forwarding:
+                self._show_way(self._made.instance.take_listeners())
+        finally:
+            self._made.instance.stop()
 
     def _show_way(self, listeners: Sequence[Listener]) -> None:
         """Take the users who connect to where the machine is."""
         told = self._departure.told if self._departure else {}
-        endpoints = told.get("endpoints", ())
-        places = {place["guest_port"]: (place["host"], place["host_port"]) for place in endpoints}
+        try:
+            places = {
+                int(place["guest_port"]): (str(place["host"]), int(place["host_port"]))
+                for place in told.get("endpoints", ())
+            }
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+        ):  # not understood: nobody is shown the way
+            places = {}
         ways = [
             (listener, places[endpoint.guest_port])
             for endpoint, listener in listeners

@@ -210,21 +210,21 @@ class Keeper:
             self._leaving.stay()
         return {}
 
-    def _stay_after_all(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
-        self._departing().keep()
+    def _stay_after_all(self, message: Mapping[str, Any], _: Progress) -> dict[str, Any]:
+        self._departing(message).keep()
         return {}
 
-    def _resume_as_of_switch(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
-        self._departing().resume_as_of_switch()
+    def _resume_as_of_switch(self, message: Mapping[str, Any], _: Progress) -> dict[str, Any]:
+        self._departing(message).resume_as_of_switch()
         return {}
 
-    def _give_up(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
-        self._departing().give_up()
+    def _give_up(self, message: Mapping[str, Any], _: Progress) -> dict[str, Any]:
+        self._departing(message).give_up()
         return {}
 
-    def _departing(self) -> Leaving:
-        if not self._leaving:
-            raise ConflictError("the machine is not here")
+    def _departing(self, message: Mapping[str, Any]) -> Leaving:
+        if not self._leaving or not self._leaving.is_about(str(message.get("handoff"))):
+            raise ConflictError("the instance is not in this hand-off")
         return self._leaving
 
     def _describe(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from oslo_log import log
 from sqlalchemy.engine import Connection
 
-from cloudlet.control.courier import PeerState
+from cloudlet.control.courier import PeerState, answered
 from cloudlet.control.imaging import make_image
 from cloudlet.control.ownership import Ownership, OwnershipFile, Record, read_record
 from cloudlet.errors import (
@@ -239,6 +239,14 @@ class Arrivals:
         """
         if handoff.state.ended:
             raise ConflictError(f"the hand-off is {handoff.state}: there is nothing to decide")
+        source = self._site.departures.peer(handoff)
+        said = answered(source.state)
+        source.close()
+        if said and said.state not in (Ownership.COMMITTED, Ownership.SERVING, Ownership.COMPLETED):
+            raise ConflictError(
+                f"the source answers, and has not given it away: it is {said.state}",
+                hint="wait for it, or cancel the hand-off there",
+            )
         return self._ask(handoff, "take", _ASK_SECONDS)
 
     def state(self, handoff: Handoff) -> PeerState:
@@ -299,7 +307,9 @@ class Arrivals:
         if handoff.state.ended:
             return _ended(handoff)
         try:
-            said = self._site.keeping.keepers.ask(handoff.instance_id, what, timeout=timeout, **more)
+            said = self._site.keeping.keepers.ask(
+                handoff.instance_id, what, timeout=timeout, handoff=handoff.id, **more
+            )
         except CloudletError:
             if self._site.keeping.keepers.lives(handoff.instance_id):
                 raise

@@ -297,26 +297,37 @@ class Departures:
         self._site.work.submit(begun)
         return begun
 
+    def decided(self, handoff: Handoff) -> Ownership | None:
+        """What this end's keeper has written down of a hand-off, whether it lives or not; None if nothing."""
+        record = read_record(self._site.keeping.folder(handoff.instance_id))
+        return record.state if record and record.handoff == handoff.id else None
+
     def keep(self, handoff: Handoff) -> None:
         """An operator's word while the peer is silent: it runs here again, though it may run there too.
 
         :raises ConflictError: there is nothing to decide, or its machine is gone.
         """
-        self._site.keeping.keepers.ask(handoff.instance_id, "keep")
+        self._speak(handoff, "keep")
 
     def resume_as_of_switch(self, handoff: Handoff) -> None:
         """An operator's word: it goes on here as it was when it was switched early.
 
         :raises ConflictError: it runs at the peer, there is nothing to decide, or its machine is gone.
         """
-        self._site.keeping.keepers.ask(handoff.instance_id, "resume_as_of_switch")
+        self._speak(handoff, "resume_as_of_switch")
 
     def give_up(self, handoff: Handoff) -> None:
         """An operator's word: what is kept here of an instance that was switched early is ended.
 
         :raises ConflictError: it runs at the peer, there is nothing to decide, or its machine is gone.
         """
-        self._site.keeping.keepers.ask(handoff.instance_id, "give_up")
+        self._speak(handoff, "give_up")
+
+    def _speak(self, handoff: Handoff, word: str) -> None:
+        """Tell the keeper an operator's word about this hand-off, and no other."""
+        if handoff.state.ended:
+            raise ConflictError(f"the hand-off is {handoff.state}: there is nothing to decide")
+        self._site.keeping.keepers.ask(handoff.instance_id, word, handoff=handoff.id)
 
     def cancel(self, handoff: Handoff) -> Operation:
         """Have the instance stay.

@@ -24,6 +24,16 @@ _WORD_SECONDS = 60.0
 _WAIT_SECONDS = 5
 
 
+_GIVEN_AWAY = (
+    Ownership.SWITCHING,
+    Ownership.COMMITTED,
+    Ownership.SERVING,
+    Ownership.COMPLETED,
+    Ownership.LOST,
+)
+_RUNS = (Ownership.LOADED, Ownership.RUNNING, Ownership.FILLING)
+
+
 class _OfHandoff(Step):
     """A step of a hand-off."""
 
@@ -59,7 +69,9 @@ class Offer(_OfHandoff):
         self.departures.accepted(handoff, state.holds)
 
     def undo(self) -> None:
-        """Have the peer give it up; if it does not answer, it asks what became of it."""
+        """Have the peer give it up, unless it is its own; if it is silent, it asks what became of it."""
+        if self.departures.decided(self.handoff()) in _GIVEN_AWAY:
+            return
         peer = self.departures.peer(self.handoff())
         answered(peer.drop)
         peer.close()
@@ -167,7 +179,9 @@ class Receive(_OfHandoff):
             raise FailedError("the source has taken it back")
 
     def undo(self) -> None:
-        self.site.keeping.end(self.running.instance_id)
+        """End the machine, unless it runs: then the hand-off was quicker than what is noted of this step."""
+        if self.departures.decided(self.handoff()) not in _RUNS:
+            self.site.keeping.end(self.running.instance_id)
 
     def _look(self, _: Status | None) -> None:
         self.running.check()

@@ -16,6 +16,7 @@ from cloudlet.api.schemas.common import (
     Metadata,
     Moment,
     Name,
+    Seconds,
     View,
     error_view,
 )
@@ -25,6 +26,8 @@ from cloudlet.service.arrivals import Offered
 from cloudlet.store.rows import Direction, Handoff, HandoffState
 
 _MEGABIT = 125_000
+_LONGEST_LEASE = 100 * 366 * 86_400
+_LAST_EPOCH = (1 << 31) - 2
 LONGEST_WAIT = 30
 MOST_RECORDS_BYTES = 8 << 20
 
@@ -161,8 +164,8 @@ class ResolveBody(Incoming):
 class Lease(Incoming):
     """What is left of an instance's lease; not when it ends, since clocks differ."""
 
-    seconds: int | None = None
-    left: float | None = None
+    seconds: Seconds | None = None
+    left: float | None = Field(None, ge=-_LONGEST_LEASE, le=_LONGEST_LEASE, allow_inf_nan=False)
     warned: bool = False
 
 
@@ -179,7 +182,7 @@ class OfferedInstance(Incoming):
     """The instance that is offered."""
 
     id: Identifier
-    epoch: int = Field(ge=1, le=1 << 31)
+    epoch: int = Field(ge=1, le=_LAST_EPOCH)
     name: Name
     project_id: str = Field(max_length=255)
     user_id: str = Field(max_length=255)
@@ -189,7 +192,7 @@ class OfferedInstance(Incoming):
     lease: Lease
     paused: bool = False
     cpus: int = Field(1, ge=1, le=1024)
-    created_at: str = Field(max_length=40)
+    created_at: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?\+00:00$")
     root: str = Field(max_length=100_000, description="of its overlay, in base64")
     overlay: Identity
     generation_id: str = Field("", pattern=r"^[0-9a-fA-F-]{0,36}$")
@@ -218,7 +221,7 @@ class OfferBody(Incoming):
 class CommitBody(Incoming):
     """COMMIT."""
 
-    epoch: int = Field(ge=1, le=1 << 31)
+    epoch: int = Field(ge=1, le=_LAST_EPOCH)
 
 
 class RecordsQuery(Incoming):

@@ -128,7 +128,8 @@ class Resolve(Show):
 
     After an early switch (--switch early) it may have ended at the other site before all of its memory had
     come there. The site that it left keeps it, paused, as it was at the switch: --resume-as-of-switch has it
-    go on from there, without what it did since; --give-up ends it.
+    go on from there, without what it did since, and is for where the other site's has ended; --give-up ends
+    what is kept.
     """
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:

@@ -142,6 +142,7 @@ def test_nothing_is_lost_of_a_guest_that_waits_for_its_memory(
             check_goes_on(target)
 
 
+@pytest.mark.slow
 def test_on_an_image_and_from_there_on(
     site: Site, warm: Warm, warm_base: Base, ordered: Path, tmp_path: Path
 ) -> None:

@@ -209,6 +209,7 @@ def test_one_that_is_still_coming(sites: Sites) -> None:
     answers(sites.west.call.instance(one))
 
 
+@pytest.mark.slow
 def test_a_peer_that_dies_meanwhile(sites: Sites) -> None:
     """Whatever had been decided by then: each runs at one site in the end, and at no other."""
     ids = sites.start(*"abcd")
@@ -235,6 +236,7 @@ def test_a_peer_that_dies_meanwhile(sites: Sites) -> None:
             assert sites.call.instance(one)["state"] == "active"
 
 
+@pytest.mark.slow
 def test_one_that_is_blocked_and_only_one_that_is_named(sites: Sites) -> None:
     (one,) = sites.start("a")
     sites.call.patch(f"/v1/peers/{sites.east_id}", {"peer": {"state": "blocked"}})
@@ -291,6 +293,7 @@ def test_one_that_is_cancelled(sites: Sites) -> None:
     assert sites.call.events(kind="cloudlet.drained")[-1]["detail"]["operation_id"] == begun["id"]
 
 
+@pytest.mark.slow
 def test_a_site_that_is_up_again_hands_nothing_more_off(sites: Sites) -> None:
     ids = sites.start(*"abcdefghij")
     begun = begun_to_move(sites)
@@ -321,6 +324,7 @@ def test_killed_in_the_middle(sites: Sites) -> None:
     assert [event["detail"]["operation_id"] for event in drained].count(begun["id"]) == 1
 
 
+@pytest.mark.slow
 def test_two_sites_empty_into_each_other(made: Made, hashed: str, tmp_path: Path) -> None:
     """What came from a site goes back there when its peer is emptied; neither takes it while it drains."""
     with two_sites(tmp_path, made, hashed) as (first, second):

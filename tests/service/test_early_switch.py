@@ -181,6 +181,7 @@ def test_it_goes_on_there_and_its_memory_follows(sites: tuple[PeerSite, PeerSite
     moving.delete(here)
 
 
+@pytest.mark.slow
 def test_it_can_be_kept_in_a_file_afterwards(sites: tuple[PeerSite, PeerSite]) -> None:
     here, there = sites
     moving = Moving(here, there)
@@ -212,6 +213,7 @@ def test_what_is_lost_there_is_resumed_here_as_of_the_switch(sites: tuple[PeerSi
     moving.delete(there)
 
 
+@pytest.mark.slow
 def test_what_is_given_up_is_lost(sites: tuple[PeerSite, PeerSite]) -> None:
     here, there = sites
     moving = Moving(here, there)
@@ -225,6 +227,7 @@ def test_what_is_given_up_is_lost(sites: tuple[PeerSite, PeerSite]) -> None:
     moving.delete(there)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", ["machine", "keeper"])
 def test_a_source_that_dies_before_the_last_page_loses_the_instance(
     sites: tuple[PeerSite, PeerSite], killed: str
@@ -241,6 +244,7 @@ def test_a_source_that_dies_before_the_last_page_loses_the_instance(
     moving.delete(there)
 
 
+@pytest.mark.slow
 def test_sites_that_are_killed_lose_nothing(sites: tuple[PeerSite, PeerSite]) -> None:
     here, there = sites
     moving = Moving(here, there)

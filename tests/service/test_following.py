@@ -229,6 +229,7 @@ def test_an_instance_is_located_wherever_it_is(sites: tuple[PeerSite, PeerSite])
     delete(b, instance)
 
 
+@pytest.mark.slow
 def test_the_source_is_not_needed_once_the_instance_has_left(made: Made, hashed: str, tmp_path: Path) -> None:
     with two_sites(tmp_path, made, hashed) as (a, b):
         a.call.publish(made.overlay)
@@ -252,6 +253,7 @@ def test_the_source_is_not_needed_once_the_instance_has_left(made: Made, hashed:
                 assert told(follower.rest())[-1][2] == "instance.deleted"
 
 
+@pytest.mark.slow
 def test_a_site_that_is_started_anew_is_asked_again(made: Made, hashed: str, tmp_path: Path) -> None:
     with two_sites(tmp_path, made, hashed) as (a, b):
         a.call.publish(made.overlay)
@@ -305,6 +307,7 @@ def test_after_the_grace_time_a_call_goes_on_at_the_new_address(
             assert port.address == address(a.call.instance(instance["id"]))
 
 
+@pytest.mark.slow
 def test_threads_call_through_hand_offs(made: Made, hashed: str, tmp_path: Path) -> None:
     with two_sites(tmp_path, made, hashed, peers={"grace_seconds": 0}) as (a, b):
         a.call.publish(made.overlay)

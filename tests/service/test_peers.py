@@ -482,6 +482,7 @@ def test_what_is_shown_is_a_certificate_of_the_key_and_tls_1_3(both: tuple[Site,
     assert describe(west.url, timeout=10).site_id == west.id
 
 
+@pytest.mark.slow
 def test_a_restart_changes_nothing_for_peers(
     both: tuple[Site, Site], made: Made, hashed: str, tmp_path: Path
 ) -> None:
@@ -529,6 +530,7 @@ def test_errors_of_a_peer_have_their_codes(peers: tuple[Site, Site]) -> None:
         assert connection.request("GET", CAPABILITIES, timeout=10).status == 200
 
 
+@pytest.mark.slow
 def test_who_answers_slowly_or_without_end(both: tuple[Site, Site], tmp_path: Path) -> None:
     east, west = both
     signer = KeyRing(west.keys).signer()

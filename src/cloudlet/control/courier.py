@@ -113,7 +113,6 @@ class Courier:
         self._waiting: deque[_Waiting] = deque()
         self._bytes = 0
         self._next = first
-        self._acknowledged = first
         self._requests = 0
         self._busy_since = 0.0
         self._free_at = 0.0
@@ -212,7 +211,7 @@ class Courier:
                 return batch
 
     def _batch_bytes(self) -> int:
-        rate = min(self.rate() or _SMALLEST_BATCH / _BATCH_SECONDS, self.limit or float("inf"))
+        rate = min(self.rate() or _SMALLEST_BATCH / _BATCH_SECONDS, self.limit or math.inf)
         return int(min(max(rate * _BATCH_SECONDS, _SMALLEST_BATCH), _LARGEST_BATCH))
 
     def _deliver(self, batch: _Batch) -> None:

@@ -37,7 +37,7 @@ lint:           ## style, types, layers
 	@$(bin)/mypy
 	@$(bin)/lint-imports
 
-bench:          ## measure every number that SPECIFICATION.md promises (90 minutes)
+bench:          ## measure every number that SPECIFICATION.md promises (about 90 minutes, not timed yet)
 	@tools/setup bench
 	@$(bin)/python -m benchmarks
 

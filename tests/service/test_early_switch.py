@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import sqlite3
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,14 @@ def wait(until: Callable[[], object], seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
+@contextmanager
+def writing_nothing_else(site: PeerSite) -> Iterator[None]:
+    """Keep the site from writing into its database, as a slow disk would."""
+    with closing(sqlite3.connect(site.settings.state_dir / "site.sqlite", isolation_level=None)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        yield
+
+
 def record_of(site: PeerSite, instance_id: str) -> Record:
     """What the hypervisor says of an instance's machine."""
     status = read_status(site.settings.keepers_dir / instance_id)
@@ -210,6 +220,29 @@ def test_what_is_lost_there_is_resumed_here_as_of_the_switch(sites: tuple[PeerSi
     # That it was lost there is no obstacle to its going there now.
     here.hand_off(here.call.instance(moving.id), overlay="overlay", deadline_seconds=5)
     moving.check_goes_on(there, epoch=4)
+    moving.delete(there)
+
+
+@pytest.mark.slow
+def test_what_is_lost_before_its_row_said_that_it_ran_has_failed_there(
+    sites: tuple[PeerSite, PeerSite],
+) -> None:
+    here, there = sites
+    moving = Moving(here, there)
+    wait(lambda: moving.decided(here) is Ownership.SWITCHING)
+    with writing_nothing_else(there):
+        moving.wait_serving()
+        wait(lambda: moving.decided(there) is Ownership.FILLING)
+        assert moving.row(there)["state"] == "copying"
+        kill(keeper_of(there, moving.id))
+    moving.wait_state(there, "lost")
+    moving.wait_state(here, "in_doubt")
+    wait(lambda: there.call.instance(moving.id)["state"] == "failed")
+    assert there.call.instance(moving.id)["epoch"] == 2
+    resolve = {"resolve": {"action": "resume_as_of_switch"}}
+    here.call.post(f"/v1/handoffs/{moving.handoff}/resolve", resolve)
+    moving.wait_state(here, "reverted")
+    moving.delete(here)
     moving.delete(there)
 
 

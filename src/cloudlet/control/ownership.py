@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -128,14 +129,19 @@ class OwnershipFile:
         self.record = record
 
     def _write(self, record: Record, *, through: bool = True) -> None:
-        new = self._path.with_suffix(".new")
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(json.dumps(record.to_json()).encode())
-            file.flush()
-            if through:
-                os.fsync(descriptor)
-        new.replace(self._path)
+        # Two may note the same end of a keeper at once: each writes a file of its own.
+        descriptor, name = tempfile.mkstemp(prefix=f".{RECORD}-", dir=self._path.parent)
+        new = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(json.dumps(record.to_json()).encode())
+                file.flush()
+                if through:
+                    os.fsync(descriptor)
+            new.replace(self._path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
         if not through:
             return
         folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -364,11 +364,15 @@ class Arrivals:
             before = HANDOFFS.get(connection, handoff.id, lock=True)
             if before.state.ended:
                 return before
+            if before.state is not HandoffState.SERVING:  # it ended before its row said that it ran
+                self._ran(connection, before, HandoffState.SERVING, [])
             done = HANDOFFS.update(connection, handoff.id, state=HandoffState.LOST, error=describe(error))
             journal.emit(connection, "handoff", HandoffState.LOST, done, instance_id=done.instance_id)
             return done
 
-        return _ended(self._site.database.write(note))
+        done = self._site.database.write(note)
+        self._site.keeping.look_again(handoff.instance_id)
+        return _ended(done)
 
     def was_lost(self, instance: Instance) -> bool:
         """Whether an instance was lost on its way here: its source may go on with it."""
@@ -383,7 +387,6 @@ class Arrivals:
         """
         status = status or self._site.keeping.keepers.status(handoff.instance_id)
         endpoints = endpoints_of(status) if status else []
-        wanted = handoff.order["instance"]
 
         def note(connection: Connection) -> Handoff:
             before = HANDOFFS.get(connection, handoff.id, lock=True)
@@ -393,29 +396,41 @@ class Arrivals:
                 done = HANDOFFS.update(connection, handoff.id, state=HandoffState.COMPLETED)
                 journal.emit(connection, "handoff", done.state, done, instance_id=done.instance_id)
                 return done
-            told = {"endpoints": endpoints, "events_after": journal.last_number(connection)}
-            lease = wanted["lease"]
-            ends = now() + timedelta(seconds=lease["left"]) if lease["left"] is not None else None
-            state = InstanceState.PAUSED if handoff.paused else InstanceState.ACTIVE
-            after = INSTANCES.update(
-                connection, handoff.instance_id, state=state, endpoints=endpoints, epoch=handoff.epoch + 1,
-                moved_to=None, expires_at=ends, lease_seconds=lease["seconds"], warned=lease["warned"],
-                error=None, timings=dict(status.timings) if status else {}, **_described(wanted),
-            )  # fmt: skip
             shown = HandoffState.SERVING if filling else HandoffState.COMPLETED
-            done = HANDOFFS.update(connection, handoff.id, state=shown, told=told)
-            journal.emit(connection, "handoff", shown, done, instance_id=after.id)
-            journal.emit(
-                connection, "instance", "arrived", after, state=state, endpoints=endpoints,
-                handoff_id=handoff.id, from_=handoff.peer_id,
-            )  # fmt: skip
-            return done
+            return self._ran(connection, before, shown, endpoints, status)
 
         done = self._site.database.write(note)
         self._site.leases.look()
         # It may have ended since.
         self._site.keeping.look_again(handoff.instance_id)
         return replace(_ended(done), records=records)
+
+    def _ran(
+        self,
+        connection: Connection,
+        handoff: Handoff,
+        shown: HandoffState,
+        endpoints: list[dict[str, Any]],
+        status: Status | None = None,
+    ) -> Handoff:
+        """Write into the rows that the instance is this site's."""
+        told = {"endpoints": endpoints, "events_after": journal.last_number(connection)}
+        wanted = handoff.order["instance"]
+        lease = wanted["lease"]
+        ends = now() + timedelta(seconds=lease["left"]) if lease["left"] is not None else None
+        state = InstanceState.PAUSED if handoff.paused else InstanceState.ACTIVE
+        after = INSTANCES.update(
+            connection, handoff.instance_id, state=state, endpoints=endpoints, epoch=handoff.epoch + 1,
+            moved_to=None, expires_at=ends, lease_seconds=lease["seconds"], warned=lease["warned"],
+            error=None, timings=dict(status.timings) if status else {}, **_described(wanted),
+        )  # fmt: skip
+        done = HANDOFFS.update(connection, handoff.id, state=shown, told=told)
+        journal.emit(connection, "handoff", shown, done, instance_id=after.id)
+        journal.emit(
+            connection, "instance", "arrived", after, state=state, endpoints=endpoints,
+            handoff_id=handoff.id, from_=handoff.peer_id,
+        )  # fmt: skip
+        return done
 
     def _left_alone(self, handoff: Handoff, record: Record) -> Record:
         """What a keeper that was killed has decided: a machine that never ran is dropped."""

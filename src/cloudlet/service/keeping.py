@@ -191,7 +191,9 @@ class Keeping:
             if status.state is KeeperState.ENDED:
                 self.end(instance_id)  # it is in no row any more, or never came to be in one
         except Exception:
-            LOG.exception("what became of instance %s could not be noted", instance_id)
+            LOG.exception("what became of instance %s could not be noted yet", instance_id)
+            with self._changed:  # so that who looks for keepers is told again
+                self._statuses.pop(instance_id, None)
 
     def _note(self, instance: Instance, status: Status) -> None:
         """Have the row say what the keeper says, where that may change by itself."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,23 @@ def test_to_become_what_it_is_changes_nothing(tmp_path: Path) -> None:
     file = OwnershipFile(tmp_path, record(Ownership.REVERTED))
     file.become(Ownership.REVERTED, reason="another")
     assert file.record.reason == ""
+
+
+def test_many_may_note_the_same_at_once(tmp_path: Path) -> None:
+    OwnershipFile(tmp_path, record(Ownership.FILLING))
+    begin = threading.Barrier(8, timeout=20)
+
+    def note() -> Ownership:
+        file = OwnershipFile(tmp_path, record(Ownership.FILLING))
+        begin.wait()
+        file.become(Ownership.LOST, reason="its machine ended")
+        return file.state
+
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(20):
+            (tmp_path / RECORD).unlink()
+            assert {one.result() for one in [threads.submit(note) for _ in range(8)]} == {Ownership.LOST}
+    assert [path.name for path in tmp_path.iterdir()] == [RECORD]
 
 
 def test_a_next_hand_off_begins_anew(tmp_path: Path) -> None:

@@ -78,6 +78,26 @@ def test_what_it_left_behind_does_not_come_back(sites: tuple[PeerSite, PeerSite]
     here.call.done(here.call.delete(f"/v1/instances/{instance['id']}"))
 
 
+def test_a_site_with_another_accelerator_refuses(
+    sites: tuple[PeerSite, PeerSite], early: Hello, hashed: str, tmp_path: Path
+) -> None:
+    here, _ = sites
+    if not here.call.get("/v1/apps")["apps"]:
+        here.call.publish(early.path, name="early")
+    instance = here.call.start(here.call.get("/v1/apps")["apps"][0])
+    made = Made(KEPT / "cache", early.keys, early.base_id, early.path)
+    machine = {"hypervisor": "qemu", "accelerator": "kvm", "cache_dir": KEPT / "cache"}
+    with peer_site(tmp_path / "kvm", made, hashed, DEFAULT=machine) as other:
+        wanted = {"instance_id": instance["id"], "peer_id": add_peer(here, other)}
+        add_peer(other, here)
+        ended = here.call.ended(here.call.post("/v1/handoffs", {"handoff": wanted})["operation"])
+        assert ended["state"] == "failed"
+        assert "made under tcg, this site runs kvm" in ended["error"]["detail"]
+        assert other.call("GET", f"/v1/instances/{instance['id']}").status_code == 404
+    assert here.call.instance(instance["id"])["state"] == "active"
+    here.call.done(here.call.delete(f"/v1/instances/{instance['id']}"))
+
+
 @pytest.mark.slow
 def test_a_guest_goes_to_a_newer_qemu_and_back(early: Hello, hashed: str, tmp_path: Path) -> None:
     """From Debian 12's QEMU to Debian 13's, and back."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import time
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,12 @@ from typing import Any
 
 import pytest
 
+from cloudlet.errors import CloudletError, NotFoundError
+from cloudlet.keeper.correspondence import HttpPeer
+from cloudlet.keeper.handle import Keepers
+from cloudlet.model import Accelerator
+from cloudlet.overlay.root import Root
+from cloudlet.store.keyring import KeyRing
 from tests.service.conftest import Caller, Made, make
 from tests.service.two_sites import PeerSite, add_peer, peer_site, two_sites
 
@@ -141,6 +149,60 @@ def test_another_base_and_no_room_are_refused(
         begun = here.call.post("/v1/handoffs", {"handoff": wanted})["operation"]
         assert "full" in failed(here.call, begun)
     assert ask(instance, "/counter") == "1"
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("accelerator", Accelerator.KVM),
+        ("cpu_model", "EPYC-v4"),
+        ("machine_type", "pc-q35-9.2"),
+        ("layout", 99),
+    ],
+)
+def test_another_machine_is_refused(sites: Sites, instance: dict[str, Any], part: str, value: Any) -> None:
+    here, there = sites
+    offer = offer_of(here, instance)
+    root = Root.decode(base64.b64decode(offer["instance"]["root"]))
+    other = replace(root, machine=replace(root.machine, **{part: value}))
+    offer["instance"]["root"] = base64.b64encode(other.encode()).decode()
+    peer = as_peer(here, offer["id"])
+    try:
+        with pytest.raises(CloudletError, match=f"{part}: {value}"):
+            peer.offer(offer)
+        with pytest.raises(NotFoundError):
+            peer.records(0, b"")
+        assert there.call("GET", f"/v1/instances/{instance['id']}").status_code == 404
+        assert there.call("GET", f"/v1/handoffs/{offer['id']}").status_code == 404
+        # It was this alone.
+        offer["instance"]["root"] = base64.b64encode(root.encode()).decode()
+        assert peer.offer(offer).state == "preparing"
+        peer.drop()
+    finally:
+        peer.close()
+    wait_gone(there.call, instance["id"])
+
+
+def offer_of(site: PeerSite, instance: dict[str, Any]) -> dict[str, Any]:
+    """What a site would offer of an instance."""
+    keepers = Keepers(site.settings, lambda *_: None)
+    try:
+        about = keepers.ask(instance["id"], "describe")
+    finally:
+        keepers.close()
+    del about["layer"]
+    same = {name: instance[name] for name in ("id", "epoch", "name", "project_id", "user_id", "created_at")}
+    same["created_at"] = same["created_at"].replace("Z", "+00:00")
+    needs = {"needs": "nothing", "seed": "0123456789abcdef"}
+    return {"id": str(uuid.uuid4()), **needs, "instance": {**same, "lease": {}, **about}}
+
+
+def as_peer(site: PeerSite, handoff: str) -> HttpPeer:
+    """The other site, as this one speaks to it."""
+    peer = site.call.get(f"/v1/peers/{site.peer_id}")["peer"]
+    own_id = site.call.get("/v1/cloudlets/self")["cloudlet"]["id"]
+    whom = {"own_id": own_id, **{name: peer[name] for name in ("id", "url", "public_key")}}
+    return HttpPeer.of(whom, handoff, KeyRing(site.settings.keys_dir))
 
 
 def test_who_may(sites: Sites, instance: dict[str, Any]) -> None:

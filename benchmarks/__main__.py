@@ -18,6 +18,7 @@ from benchmarks import (
     engine_run,
     growth,
     handoff,
+    handoff_many,
     handoff_report,
     picture,
     report,
@@ -48,6 +49,7 @@ PARTS: dict[str, tuple[Callable[[Lab, Results], None], ...]] = {
     "site": (site.throughput, site_steps.taskflow, site.over_http, site_polite.hostile),
     "handoff": (
         handoff.promised, handoff.by_rate, handoff.by_memory, handoff.by_disk, handoff.equal,
+        handoff_many.many,
     ),
 }  # fmt: skip
 RESULTS = CHECKOUT / "docs" / "results"

@@ -19,6 +19,7 @@ from benchmarks.handoff import (
     THIN,
     WAYS,
 )
+from benchmarks.handoff_many import AT_ONCE
 from benchmarks.handoff_qemu import DOWNTIME_MS
 from benchmarks.report import Figures, Line, MissingError, Row
 from benchmarks.results import Results
@@ -30,6 +31,7 @@ _HAS = {"base": "the base only", "overlay": "the app's overlay too"}
 _FORECAST_SLACK = 0.25
 _PAUSE_AT_120, _PAUSE_PER_100 = 0.090, 0.050
 _GAP_BEYOND = 0.1
+_MANY_MIB, _MANY_MIB_EACH = 96, 8
 _EARLY_PAUSE, _EARLY_GAP = 0.2, 2.0
 
 
@@ -158,6 +160,31 @@ def _early(f: Figures) -> Row:
     )
 
 
+def _many(f: Figures) -> Row:
+    """Many at once."""
+    seconds = sorted(f.samples("handoff.many.operation_s"))
+    if not seconds:
+        raise MissingError("handoff.many.operation_s")
+    median, slowest, count = f("handoff.many.operation_s"), seconds[-1], len(seconds)
+    grown = {
+        where: f(f"handoff.many.{where}_most_mib") - f(f"handoff.many.{where}_before_mib")
+        for where in ("near", "far")
+    }
+    most = _MANY_MIB + _MANY_MIB_EACH * count
+    said = ", ".join(
+        f"{name} {f(f'handoff.many.{where}_before_mib'):.0f} -> {f(f'handoff.many.{where}_most_mib'):.0f} MiB"
+        for name, where in (("source", "near"), ("target", "far"))
+    )
+    return Row(
+        f"{AT_ONCE} hand-offs at once over one link of {PROMISED} Mbit/s, the target has {_HAS['overlay']}",
+        f"all end, the slowest within 2 x the median; memory <= {_MANY_MIB} MiB + {_MANY_MIB_EACH} MiB each",
+        f"{count} ended: median {median:.1f} s, slowest {slowest:.1f} s ({slowest / median:.2f} x), "
+        f"{_mib(f('handoff.many.bytes'))} in all; processes of the sites, without the machines: {said}",
+        "",
+        count >= AT_ONCE and slowest <= 2 * median and max(grown.values()) <= most,
+    )
+
+
 LINES: tuple[Line, ...] = (
     lambda f: _faster(f, 0, "base", 5, 6),
     lambda f: _faster(f, 0, "overlay", 30, 100),
@@ -168,6 +195,7 @@ LINES: tuple[Line, ...] = (
     _gap,
     _deadline,
     _early,
+    _many,
 )
 """The specification's, in its order."""
 

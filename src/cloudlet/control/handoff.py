@@ -227,7 +227,8 @@ class Departure:
         :raises ConflictError: there is no doubt.
         """
         with self._deciding:
-            if self.state is not Ownership.COMMITTED:
+            doubt = (Ownership.COMMITTED,) if self._parcel else (Ownership.COMMITTED, Ownership.SWITCHING)
+            if self.state not in doubt:
                 raise ConflictError(f"the hand-off is {self.state}: there is nothing to decide")
             self._keep = True
             self._stopped.set()

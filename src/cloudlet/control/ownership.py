@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -104,10 +105,13 @@ class OwnershipFile:
     """The record of one end, in a folder that is the instance's."""
 
     def __init__(self, folder: Path, record: Record) -> None:
-        """Go on with ``record``, which is in the folder already or is written now."""
+        """Go on with ``record``, which is in the folder already or is written now, whatever is there."""
         self._path = folder / RECORD
         self.record = record
-        if read_record(folder) != record:
+        before = None
+        with suppress(CorruptError):
+            before = read_record(folder)
+        if before != record:
             self._write(record)
 
     @property

@@ -10,7 +10,7 @@ import base64
 import binascii
 import io
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 
 LOG = log.getLogger(__name__)
 _COMING = tuple(state for state in HandoffState if not state.ended)
+_GIVEN_AWAY = (Ownership.COMMITTED, Ownership.SERVING, Ownership.COMPLETED)
 _ASK_SECONDS = 10.0
 _LOAD_SECONDS = 80.0
 """Longest time in which a keeper loads what came, and a whole machine at last."""
@@ -239,15 +240,42 @@ class Arrivals:
         """
         if handoff.state.ended:
             raise ConflictError(f"the hand-off is {handoff.state}: there is nothing to decide")
-        source = self._site.departures.peer(handoff)
-        said = answered(source.state)
-        source.close()
-        if said and said.state not in (Ownership.COMMITTED, Ownership.SERVING, Ownership.COMPLETED):
+        said = self._source_says(handoff)
+        if said and said not in _GIVEN_AWAY:
             raise ConflictError(
-                f"the source answers, and has not given it away: it is {said.state}",
+                f"the source answers, and has not given it away: it is {said}",
                 hint="wait for it, or cancel the hand-off there",
             )
         return self._ask(handoff, "take", _ASK_SECONDS)
+
+    def give_back(self, handoff: Handoff) -> PeerState:
+        """An operator's word while the source is silent: the copy here is ended, which never ran.
+
+        :raises ConflictError: it is this site's, or it is decided.
+        """
+        if handoff.state.ended:
+            raise ConflictError(f"the hand-off is {handoff.state}: there is nothing to decide")
+        if self._source_says(handoff) in _GIVEN_AWAY:
+            raise ConflictError(
+                "the source answers, and has given it away: it is this site's", hint="wait for it, or take it"
+            )
+        if handoff.state is HandoffState.PREPARING:
+            return self.drop(handoff)
+        reason = "the target's operator gave it back"
+        if not self._site.keeping.keepers.lives(handoff.instance_id):
+            try:
+                self._record(handoff)
+            except CorruptError:
+                about = (handoff.id, handoff.instance_id, handoff.epoch, Ownership.DROPPED, handoff.paused)
+                OwnershipFile(self._site.keeping.folder(handoff.instance_id), Record(*about, reason))
+        return self._ask(handoff, "drop", _ASK_SECONDS, reason=reason)
+
+    def _source_says(self, handoff: Handoff) -> str | None:
+        """What the hand-off is at the source; None if that does not answer."""
+        source = self._site.departures.peer(handoff)
+        said = answered(source.state)
+        source.close()
+        return said.state if said else None
 
     def state(self, handoff: Handoff) -> PeerState:
         """What the source is told."""
@@ -268,8 +296,14 @@ class Arrivals:
         """Note what a keeper says of an instance that comes here."""
         coming = {"instance_id": instance.id, "direction": Direction.IN, "state": _COMING}
         handoff = self._site.database.read(lambda connection: HANDOFFS.find(connection, **coming))
-        record = self._record(handoff) if handoff else None
-        if not handoff or not record:
+        if not handoff:
+            return
+        try:
+            record = self._record(handoff)
+        except CorruptError as unreadable:  # an operator has to say it
+            self._become(handoff, HandoffState.IN_DOUBT, _COMING, error=describe(unreadable))
+            return
+        if not record:
             return
         if not self._site.keeping.keepers.lives(instance.id):
             record = self._left_alone(handoff, record)
@@ -543,10 +577,12 @@ class Arrivals:
             for port in wanted["ports"]
         )
 
-    def _become(self, handoff: Handoff, state: HandoffState, before: set[HandoffState]) -> None:
+    def _become(
+        self, handoff: Handoff, state: HandoffState, before: Collection[HandoffState], **more: Any
+    ) -> None:
         def note(connection: Connection) -> None:
             with suppress(ConflictError):
-                after = HANDOFFS.update(connection, handoff.id, where={"state": before}, state=state)
+                after = HANDOFFS.update(connection, handoff.id, where={"state": before}, state=state, **more)
                 journal.emit(connection, "handoff", state, after, instance_id=after.instance_id)
 
         self._site.database.write(note)

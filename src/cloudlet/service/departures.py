@@ -7,18 +7,20 @@ and what it decides where the keeper is gone. Of each hand-off there is a row, a
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Connection
 
 from cloudlet.control.courier import PeerState
 from cloudlet.control.handoff import Departure
-from cloudlet.control.ownership import Ownership, OwnershipFile, read_record
+from cloudlet.control.ownership import Ownership, OwnershipFile, Record, read_record
 from cloudlet.control.pace import Terms
-from cloudlet.errors import CloudletError, ConflictError
+from cloudlet.errors import CloudletError, ConflictError, CorruptError
 from cloudlet.keeper.correspondence import HttpPeer
 from cloudlet.keeper.order import KeeperState, Status, describe
 from cloudlet.service.instances import check_here
@@ -53,6 +55,11 @@ _STATES: Mapping[Ownership, HandoffState] = {
     Ownership.REVERTED: HandoffState.REVERTED,
     Ownership.LOST: HandoffState.LOST,
 }
+
+
+_DECIDES = {"keep": Ownership.REVERTED, "give_up": Ownership.LOST}
+"""What an operator's word makes of a departure whose machine is gone."""
+_HEED_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +171,48 @@ class Departures:
     def left_alone(self, handoff: Handoff, peer: HttpPeer) -> Departure | None:
         """The departure whose keeper is gone, if that had begun."""
         folder = self._site.keeping.folder(handoff.instance_id)
-        record = read_record(folder)
+        record = self._record_or_word(handoff, folder)
         if record is None or record.handoff != handoff.id:
             return None
         return Departure(
             OwnershipFile(folder, record), peer, Terms.from_json(dict(handoff.order["terms"])),
             told=lambda progress: self.note(handoff.id, progress.state, in_doubt=progress.in_doubt),
         )  # fmt: skip
+
+    def _record_or_word(self, handoff: Handoff, folder: Path) -> Record | None:
+        """What was written down; where that cannot be read, what an operator has said instead."""
+        try:
+            return read_record(folder)
+        except CorruptError as error:
+            word = _DECIDES.get(self.get(handoff.id).order.get("word", ""))
+            if word is None:
+                raise
+            reason = f"an operator decided it; {error.message}"
+            record = Record(handoff.id, handoff.instance_id, handoff.epoch, word, handoff.paused, reason)
+            OwnershipFile(folder, record)
+            return record
+
+    @contextmanager
+    def heeding(self, handoff: Handoff, departure: Departure) -> Iterator[None]:
+        """Have a departure without a keeper hear what an operator says of it, until the context is left."""
+        over = threading.Event()
+
+        def listen() -> None:
+            while not over.wait(_HEED_SECONDS):
+                word = self.get(handoff.id).order.get("word")
+                with suppress(CloudletError):  # it has just been decided otherwise
+                    if word == "keep":
+                        departure.keep()
+                    elif word == "give_up":
+                        departure.give_up()
+
+        thread = threading.Thread(target=listen, name="heeding", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def note(self, handoff_id: str, state: Ownership, *, in_doubt: bool = False, **more: Any) -> None:
         """Have the row say how far it is."""
@@ -228,7 +270,11 @@ class Departures:
 
     def stayed(self, handoff: Handoff, error: CloudletError) -> None:
         """It came to nothing: the instance is here, as it was, unless it ended; can be done again."""
-        record = read_record(self._site.keeping.folder(handoff.instance_id))
+        try:
+            record = read_record(self._site.keeping.folder(handoff.instance_id))
+        except CorruptError as unreadable:  # an operator has to say it
+            self.note(handoff.id, Ownership.COMMITTED, in_doubt=True, error=describe(unreadable))
+            return
         if record and record.handoff == handoff.id and record.state is Ownership.COMPLETED:
             self.moved(handoff, record.told, {})
             return
@@ -273,9 +319,15 @@ class Departures:
             return
         leaving = {"instance_id": instance.id, "direction": Direction.OUT, "state": _OPEN}
         handoff = self._site.database.read(lambda connection: HANDOFFS.find(connection, **leaving))
-        if handoff:
-            with suppress(ConflictError):  # it has just been said
-                self.resolve(handoff)
+        if not handoff:
+            return
+        try:
+            self._record_or_word(handoff, self._site.keeping.folder(instance.id))
+            self.resolve(handoff)
+        except CorruptError as unreadable:
+            self.note(handoff.id, Ownership.COMMITTED, in_doubt=True, error=describe(unreadable))
+        except ConflictError:
+            pass  # it has just been said
 
     def resolve(self, handoff: Handoff) -> Operation:
         """Have it go on, if it was left in doubt; who asks again is told of the same.
@@ -298,12 +350,17 @@ class Departures:
         return begun
 
     def decided(self, handoff: Handoff) -> Ownership | None:
-        """What this end's keeper has written down of a hand-off, whether it lives or not; None if nothing."""
+        """What this end's keeper has written down of a hand-off, whether it lives or not; None if nothing.
+
+        :raises CorruptError: it cannot be read.
+        """
         record = read_record(self._site.keeping.folder(handoff.instance_id))
         return record.state if record and record.handoff == handoff.id else None
 
     def keep(self, handoff: Handoff) -> None:
         """An operator's word while the peer is silent: it runs here again, though it may run there too.
+
+        If its machine is gone, it has failed here.
 
         :raises ConflictError: there is nothing to decide, or its machine is gone.
         """
@@ -327,7 +384,25 @@ class Departures:
         """Tell the keeper an operator's word about this hand-off, and no other."""
         if handoff.state.ended:
             raise ConflictError(f"the hand-off is {handoff.state}: there is nothing to decide")
-        self._site.keeping.keepers.ask(handoff.instance_id, word, handoff=handoff.id)
+        if self._site.keeping.keepers.lives(handoff.instance_id):
+            self._site.keeping.keepers.ask(handoff.instance_id, word, handoff=handoff.id)
+            return
+        # Its machine is gone with its keeper: what is left to decide is done by the operation.
+        with suppress(CorruptError):
+            state = self.decided(handoff)
+            fitting = "give_up" if state is Ownership.SERVING else "keep"
+            if word != fitting:
+                hint = f"cloudlet handoff resolve --{fitting.replace('_', '-')}"
+                raise ConflictError(f"its machine is gone, and it is {state}", hint=hint)
+        if word not in _DECIDES:
+            raise ConflictError("its machine is gone", hint="cloudlet handoff resolve --keep, or --give-up")
+
+        def note(connection: Connection) -> None:
+            order = {**HANDOFFS.get(connection, handoff.id, lock=True).order, "word": word}
+            HANDOFFS.update(connection, handoff.id, order=order)
+
+        self._site.database.write(note)
+        self.resolve(handoff)
 
     def cancel(self, handoff: Handoff) -> Operation:
         """Have the instance stay.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from cloudlet.control.courier import PeerState, answered
 from cloudlet.control.ownership import Ownership
-from cloudlet.errors import CloudletError, FailedError, UnreachableError
+from cloudlet.errors import CloudletError, CorruptError, FailedError, UnreachableError
 from cloudlet.keeper.order import KeeperState, Status, describe, raised
 from cloudlet.service.departures import Departures
 from cloudlet.service.steps import Flow, Lane, Running, Step
@@ -44,6 +44,13 @@ class _OfHandoff(Step):
     def handoff(self) -> Handoff:
         return self.departures.get(self.operation.resources["handoff"])
 
+    def may_be(self, states: Collection[Ownership]) -> bool:
+        """Whether this end's record says one of these, or cannot be read."""
+        try:
+            return self.departures.decided(self.handoff()) in states
+        except CorruptError:
+            return True
+
 
 class Offer(_OfHandoff):
     """Have the peer admit the instance and make a place for it."""
@@ -70,7 +77,7 @@ class Offer(_OfHandoff):
 
     def undo(self) -> None:
         """Have the peer give it up, unless it is its own; if it is silent, it asks what became of it."""
-        if self.departures.decided(self.handoff()) in _GIVEN_AWAY:
+        if self.may_be(_GIVEN_AWAY):
             return
         peer = self.departures.peer(self.handoff())
         answered(peer.drop)
@@ -129,7 +136,8 @@ class Move(_OfHandoff):
             departure = self.departures.left_alone(handoff, peer)
             if departure is None:
                 raise FailedError("the machine ended before it was handed off")
-            departure.conclude()
+            with self.departures.heeding(handoff, departure):
+                departure.conclude()
             return {"told": dict(departure.told), "statistics": {}}
         finally:
             peer.close()
@@ -180,7 +188,7 @@ class Receive(_OfHandoff):
 
     def undo(self) -> None:
         """End the machine, unless it runs: then the hand-off was quicker than what is noted of this step."""
-        if self.departures.decided(self.handoff()) not in _RUNS:
+        if not self.may_be(_RUNS):
             self.site.keeping.end(self.running.instance_id)
 
     def _look(self, _: Status | None) -> None:

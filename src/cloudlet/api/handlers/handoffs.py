@@ -71,7 +71,7 @@ def resolve(call: Call, handoff: Handoff, body: ResolveBody) -> Answer | Handoff
     """
     action = body.resolve.action
     leaves = handoff.direction is Direction.OUT
-    if leaves == (action == "take"):
+    if leaves == (action in ("take", "give_back")):
         way = "leaves" if leaves else "comes"
         raise ConflictError(f"the instance {way}: it cannot be resolved by {action}")
     if action == "retry":
@@ -86,6 +86,8 @@ def resolve(call: Call, handoff: Handoff, body: ResolveBody) -> Answer | Handoff
             departures.give_up(handoff)
         case "take":
             call.site.arrivals.take(handoff)
+        case "give_back":
+            call.site.arrivals.give_back(handoff)
     return HandoffBody(handoff=HandoffView.of(call.site.departures.get(handoff.id)))
 
 

@@ -152,10 +152,11 @@ class ResolveBody(Incoming):
     class Resolve(Incoming):
         """An operator's word."""
 
-        action: Literal["retry", "keep", "take", "resume_as_of_switch", "give_up"] = Field(
+        action: Literal["retry", "keep", "take", "give_back", "resume_as_of_switch", "give_up"] = Field(
             description="retry: ask the peer again. keep (at the source), take (at the target): the instance "
-            "runs here; if it runs there too, there are two of it. After an early switch, at the source: "
-            "resume_as_of_switch: it goes on as it was then; give_up: it is lost"
+            "runs here; if it runs there too, there are two of it. give_back (at the target): the copy here "
+            "is ended; if the source has given it away, and ended its own, it is lost. At the source: "
+            "resume_as_of_switch: after an early switch it goes on as it was then; give_up: lost"
         )
 
     resolve: Resolve

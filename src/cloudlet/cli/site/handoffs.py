@@ -124,7 +124,10 @@ class Resolve(Show):
     A hand-off is in doubt while the other site does not say whether the instance runs there; the instance
     stands still meanwhile, and goes on by itself when that site is back. If it does not come back: --keep (at
     the site that the instance leaves) or --take (at the one that it comes to) has it run here. If it runs
-    at the other site too, there are two of it from then on, with the same name and the same users.
+    at the other site too, there are two of it from then on, with the same name and the same users. At the
+    site that it comes to --give-back ends the copy instead; if the other site has given it away and ended its
+    own, it is lost. Where the machine itself is gone at the site that it leaves, --keep says that it has
+    failed there, --give-up that it is lost.
 
     After an early switch (--switch early) it may have ended at the other site before all of its memory had
     come there. The site that it left keeps it, paused, as it was at the switch: --resume-as-of-switch has it
@@ -138,6 +141,13 @@ class Resolve(Show):
         how.add_argument("--retry", action="store_const", dest="action", const="retry", help="ask again")
         how.add_argument("--keep", action="store_const", dest="action", const="keep", help="it stays here")
         how.add_argument("--take", action="store_const", dest="action", const="take", help="it runs here")
+        how.add_argument(
+            "--give-back",
+            action="store_const",
+            dest="action",
+            const="give_back",
+            help="the copy that came here is ended",
+        )
         how.add_argument(
             "--resume-as-of-switch",
             action="store_const",

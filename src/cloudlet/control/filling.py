@@ -125,11 +125,9 @@ class EarlyArrival(Arrival):
                 self._drop("its machine ended")
                 return
             self._ownership.become(Ownership.RUNNING if self._complete else Ownership.FILLING)
-        if not record.paused:
-            # Its QEMU waits for pages, too: it does what it is told when they have come.
-            with suppress(CloudletError):
-                self._receiving.instance.resume()
-                self._receiving.instance.announce()
+        # Its QEMU waits for pages, too: it does what it is told when they have come.
+        with suppress(CloudletError):
+            self._go_on()
         self._note()
 
     def watch(self, source: Callable[[], PeerState], patience: float) -> None:
@@ -143,6 +141,8 @@ class EarlyArrival(Arrival):
             with self._changed:
                 self._changed.wait(_LOOK_SECONDS)
             since, now = self._early.progress().waiting_since, time.monotonic()
+            if since is None:
+                self._try_again()
             if since is not None and now - since > patience:
                 self.lose(f"the guest has waited {patience:.0f} s for a page that does not come")
             elif self.count != count:
@@ -152,6 +152,14 @@ class EarlyArrival(Arrival):
                 answer = answered(source)
                 if answer and answer.state in (Ownership.REVERTED, Ownership.LOST):
                     self.lose(f"the source has taken it back: {answer.reason}")
+
+    def _try_again(self) -> None:
+        """Do what could not be done in its time: have the machine run, write down that it is whole."""
+        with suppress(CloudletError):
+            self._go_on()  # without the lock: its QEMU may read a page that is still to be loaded
+        with self._loading, suppress(OSError):
+            if self._complete and self.state is Ownership.FILLING:
+                self._ownership.become(Ownership.RUNNING)
 
     def lose(self, reason: str) -> None:
         """It cannot go on here, if pages are missing: its machine ends."""

@@ -587,6 +587,8 @@ class Arrival:
         self._told = told
         self._changed = threading.Condition()
         self._loading = threading.Lock()
+        self._goes = False
+        """Whether its machine was told to run, or to stay as its user wants it."""
 
     @property
     def state(self) -> Ownership:
@@ -644,10 +646,8 @@ class Arrival:
                 self._drop("its machine ended")
                 return
             self._ownership.become(Ownership.RUNNING)
-            if not record.paused:
-                instance.resume()
-                with suppress(CloudletError):  # who has its address finds it later
-                    instance.announce()
+            with suppress(CloudletError):  # it is tried again
+                self._go_on()
         with self._changed:
             self._changed.notify_all()
         self._told()
@@ -676,7 +676,24 @@ class Arrival:
                 if self.state is Ownership.LOADED and time.monotonic() - heard > DOUBT_SECONDS:
                     self.in_doubt = True
                     self._told()
+        while self.state is Ownership.RUNNING and not (self._goes or self._receiving.instance.wait(0)):
+            with self._loading, suppress(CloudletError):
+                self._go_on()
+            time.sleep(_FIRST_WAIT)
         return self.state
+
+    def _go_on(self) -> None:
+        """Have the machine run, unless its user had paused it; nothing happens if it does.
+
+        :raises CloudletError: it cannot be told so.
+        """
+        if self._goes:
+            return
+        if not self._ownership.record.paused:
+            self._receiving.instance.resume()
+        self._goes = True
+        with suppress(CloudletError):  # who has its address finds it later
+            self._receiving.instance.announce()
 
     def take(self) -> None:
         """An operator's word, while the source is silent: the machine runs here, though it may run there too.

@@ -57,6 +57,7 @@ _STATES: Mapping[Ownership, HandoffState] = {
 }
 
 
+_GIVEN_AWAY = (Ownership.COMMITTED, Ownership.SERVING, Ownership.COMPLETED, Ownership.LOST)
 _DECIDES = {"keep": Ownership.REVERTED, "give_up": Ownership.LOST}
 """What an operator's word makes of a departure whose machine is gone."""
 _HEED_SECONDS = 0.5
@@ -407,8 +408,11 @@ class Departures:
     def cancel(self, handoff: Handoff) -> Operation:
         """Have the instance stay.
 
-        :raises ConflictError: it has ended.
+        :raises ConflictError: it has ended, or has been given away.
         """
+        with suppress(CorruptError):
+            if (state := self.decided(handoff)) in _GIVEN_AWAY:
+                raise ConflictError(f"the instance is at its target already, or about to be: it is {state}")
         for open_ in self._site.database.read(
             lambda connection: self._site.work.open_on(connection, handoff.instance_id)
         ):

@@ -178,6 +178,9 @@ class Drain:
             self._put(replace(entry, result=Result.HANDED_OFF, state=InstanceState.MOVED.value))
         elif handoff.state is HandoffState.REVERTED:
             self._put(self._back(entry, handoff))
+        elif handoff.state is HandoffState.LOST:
+            reason = f"it was lost on its way: {(handoff.error or {}).get('message', '')}"
+            self._put(replace(entry, result=Result.NOT_RUNNING, state=HandoffState.LOST.value, reason=reason))
         elif self._over and handoff.state is HandoffState.IN_DOUBT:
             reason = "the peer does not say whether it has it"
             self._put(replace(entry, result=Result.IN_DOUBT, reason=reason))

@@ -336,6 +336,7 @@ def test_a_machine_says_where_it_is_when_it_runs_and_when_it_goes_on(
             waiting.instance.pause()
             waiting.instance.resume()
             waiting.instance.hold_connections(False)
+            waiting.instance.announce()
             wait_announced(card)
         finally:
             waiting.abort()

@@ -169,7 +169,7 @@ def test_it_goes_on_there_and_its_memory_follows(sites: tuple[PeerSite, PeerSite
     here, there = sites
     moving = Moving(here, there, bandwidth_mbit=12)
     moving.wait_serving()
-    assert there.call.instance(moving.id)["state"] == "active"
+    wait(lambda: there.call.instance(moving.id)["state"] == "active")
     wait(lambda: (moving.row(here)["forecast"] or {}).get("can_be_lost"))
     assert moving.row(here)["state"] == moving.row(there)["state"] == "serving"
     assert turn(moving.instance) > 12, "the old address leads there"

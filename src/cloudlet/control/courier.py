@@ -21,6 +21,8 @@ from cloudlet.errors import CloudletError, FailedError, IntegrityError, NotFound
 _REQUESTS = 2
 _BATCH_SECONDS = 0.1
 """A batch is about what the link carries in this time."""
+_LINGER_SECONDS = 0.001
+"""So long a batch waits for one more record: the last of a round come one right behind the other."""
 _SMALLEST_BATCH, _LARGEST_BATCH = 64 << 10, 1 << 20
 WAITING_BYTES = 6 << 20
 _TAKES = ("receiving", "loaded", "filling")
@@ -191,15 +193,19 @@ class Courier:
         """The next batch, as soon as its first record is packed; None at the end."""
         with self._taking:
             records: list[bytes] = []
-            most, size, raw = self._batch_bytes(), 0, 0
+            most, size, raw, lingered = self._batch_bytes(), 0, 0, False
             while size < most:
                 with self._changed:
                     while not (self._waiting or records or self._closed or self._error):
                         self._changed.wait()
-                    if not self._waiting or self._error or self._closed:
+                    if self._error or self._closed:
                         break
-                    if records and not self._waiting[0].record.done():
-                        break
+                    if records and not (self._waiting and self._waiting[0].record.done()):
+                        if lingered:
+                            break
+                        lingered = True
+                        self._changed.wait(_LINGER_SECONDS)
+                        continue
                     waiting = self._waiting.popleft()
                 records.append(waiting.record.result())
                 size, raw = size + len(records[-1]), raw + waiting.size

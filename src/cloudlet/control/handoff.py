@@ -92,6 +92,8 @@ class Statistics:
     """From the stop here to the target's word that it runs."""
     forecast_pause_seconds: float = 0.0
     """What was expected of the pause when the machine was stopped."""
+    overhead_seconds: float | None = None
+    """Of the pause, without what was looked at and sent in it."""
     private_bytes: int = 0
     level: int = 0
     """Of the compression, at last."""
@@ -118,11 +120,13 @@ class Departure:
         parcel: Parcel | None = None,
         told: Callable[[Progress], None] = lambda _: None,
         rate: float | None = None,
+        overhead: float | None = None,
     ) -> None:
         """A departure that goes on from where ``ownership`` says that it is.
 
         :param parcel: the machine, unless that is gone.
         :param rate: bytes per second of the last hand-off to this peer.
+        :param overhead: seconds of its pause, without what was looked at and sent.
         """
         self.statistics = Statistics()
         self._ownership = ownership
@@ -130,7 +134,7 @@ class Departure:
         self._parcel = parcel
         self._told = told
         self._terms = terms
-        self._pace = Pace(terms, rate)
+        self._pace = Pace(terms, rate, overhead)
         self._stopped = threading.Event()
         self._deciding = threading.Lock()
         self._keep = False
@@ -138,6 +142,8 @@ class Departure:
         """What an operator wants it to become while pages are missing at the target."""
         self._serving: Serving | None = None
         self._stood_at = 0.0
+        self._sent_before = 0
+        """Bytes that had been sent when the machine was stopped."""
 
     @property
     def state(self) -> Ownership:
@@ -283,6 +289,7 @@ class Departure:
                 if not self._ownership.record.paused:
                     self._parcel.instance.resume()
                 self._parcel.instance.hold_connections(False)
+                self._parcel.instance.announce()  # its copy may have done so already
 
     def _conclude_without_machine(self) -> None:
         """The machine is gone, and nothing was decided: what the target has is all there is."""
@@ -385,7 +392,7 @@ class Departure:
         self._ownership.become(Ownership.SWITCHING, early=early)
         self._tell()
         sender.courier.patience = min(sender.courier.patience, _STANDING_SECONDS)
-        self._stood_at = time.monotonic()
+        self._stood_at, self._sent_before = time.monotonic(), sender.courier.sent
         self._parcel.instance.hold_connections(True)
         device_state, _ = sender.rounds.settle()
         return device_state
@@ -462,8 +469,12 @@ class Departure:
         return Forecast(round(seconds, 3), left, 0.0, can_be_lost=True)
 
     def _note_pause(self) -> None:
-        if self._stood_at:
-            self.statistics.pause_seconds = round(time.monotonic() - self._stood_at, 4)
+        if not self._stood_at:
+            return
+        statistics, pause = self.statistics, time.monotonic() - self._stood_at
+        statistics.pause_seconds = round(pause, 4)
+        looked, sent = statistics.private_bytes // PAGE_BYTES, statistics.bytes - self._sent_before
+        statistics.overhead_seconds = round(self._pace.overhead(pause, looked, sent), 4)
 
     def _tell(self, forecast: Forecast | None = None, *, in_doubt: bool = False, error: str = "") -> None:
         statistics = self.statistics
@@ -680,7 +691,14 @@ class Arrival:
             with self._loading, suppress(CloudletError):
                 self._go_on()
             time.sleep(_FIRST_WAIT)
+        if self._goes:
+            # Beside: a QEMU that waits for pages answers when they have come.
+            threading.Thread(target=self._announce, name="announce", daemon=True).start()
         return self.state
+
+    def _announce(self) -> None:
+        with suppress(CloudletError):  # who has its address finds it later
+            self._receiving.instance.announce()
 
     def _go_on(self) -> None:
         """Have the machine run, unless its user had paused it; nothing happens if it does.
@@ -689,11 +707,12 @@ class Arrival:
         """
         if self._goes:
             return
+        instance = self._receiving.instance
         if not self._ownership.record.paused:
-            self._receiving.instance.resume()
+            instance.resume()
+        # Who has come already is let in now: a guest that does not run yet would not hear them.
+        instance.hold_connections(False)
         self._goes = True
-        with suppress(CloudletError):  # who has its address finds it later
-            self._receiving.instance.announce()
 
     def take(self) -> None:
         """An operator's word, while the source is silent: the machine runs here, though it may run there too.

@@ -17,8 +17,11 @@ times the CPU; beyond, bytes hardly become fewer."""
 _LINK_BOUND, _CPU_BOUND = 0.5, 0.1
 """Shares of the time in which the link holds up the guest's pages: above, there is CPU to spare."""
 _ADJUST_SECONDS = 0.25
-_FIXED_PAUSE = 0.02
-"""Seconds of a pause that depend on nothing: to stop, to save and load the devices, to decide."""
+GUESSED_OVERHEAD = 0.06
+"""Seconds of a pause that depend on nothing, before it is known: to stop, to save and load the devices, to
+decide, and for each of the two to hear of it."""
+_LITTLE = 0.2
+"""Another round is not worth while if it can save no more than this share of the pause that was asked for."""
 _PER_LOOKED_PAGE = 1.4e-6
 """Seconds to look at one page in the pause: about 35 ms for 100 MiB (measured)."""
 GUESSED_RATE = 12.5e6
@@ -86,15 +89,17 @@ class Round:
 class Pace:
     """The pace of one hand-off."""
 
-    def __init__(self, terms: Terms, rate: float | None = None) -> None:
+    def __init__(self, terms: Terms, rate: float | None = None, overhead: float | None = None) -> None:
         """A hand-off that begins now.
 
         :param rate: bytes per second of the last one to the same peer.
+        :param overhead: seconds of its pause, without what was looked at and sent.
         """
         self.rounds: list[Round] = []
         self.terms = terms
         self._began = time.monotonic()
         self._rate = rate or GUESSED_RATE
+        self._overhead = GUESSED_OVERHEAD if overhead is None else overhead
         self._level = 0
         self._looked_at = self._began, 0.0
 
@@ -141,8 +146,15 @@ class Pace:
         :param changed: pages that have.
         """
         left = int(changed * self.page_bytes())
-        pause = _FIXED_PAUSE + looked * _PER_LOOKED_PAGE + left / self._rate
+        pause = self._overhead + self._besides_overhead(looked, left)
         return Forecast(round(pause, 3), left, round(pause, 3))
+
+    def overhead(self, pause: float, looked: int, sent: int) -> float:
+        """Seconds of a pause that did not depend on what was looked at (pages) and sent (bytes) in it."""
+        return max(0.0, pause - self._besides_overhead(looked, sent))
+
+    def _besides_overhead(self, looked: int, sent: int) -> float:
+        return looked * _PER_LOOKED_PAGE + sent / self._rate
 
     def begun(self, looked: int, changed: int) -> Forecast:
         """The first forecast, of the whole of it; as :meth:`forecast`, before anything was sent.
@@ -155,18 +167,21 @@ class Pace:
     def early(self, looked: int, changed: int) -> Forecast:
         """What is left, if the machine switched early now; as :meth:`forecast`."""
         whole, listed = self.forecast(looked, changed), int(changed * _LISTED_PAGE_BYTES)
-        pause = _FIXED_PAUSE + looked * _PER_LOOKED_PAGE + listed / self._rate
+        pause = self._overhead + self._besides_overhead(looked, listed)
         return replace(whole, pause_seconds=round(pause, 3), can_be_lost=True)
 
     def leaves(self, at_last: Forecast) -> bool:
-        """Whether a switch now would be an early one."""
-        return self.terms.early and at_last.pause_seconds > self.terms.pause_seconds
+        """Whether a switch now would be an early one: what is left alone does not fit into the pause."""
+        return self.terms.early and at_last.bytes / self._rate > self.terms.pause_seconds
 
     def switches(self, at_last: Forecast) -> bool:
         """Whether to switch now: what is left fits, or another round is too long or would bring nothing."""
-        if at_last.pause_seconds <= self.terms.pause_seconds:
+        asked, to_send = self.terms.pause_seconds, at_last.bytes / self._rate
+        if at_last.pause_seconds <= asked or to_send <= _LITTLE * asked:
             return True
-        if self.terms.early and self._stands():
+        # What is to be sent may be as good as it gets, and the rest of the pause alone is too long.
+        rest = at_last.pause_seconds - to_send
+        if (self.terms.early or to_send <= rest > asked) and self._stands():
             return True
         # Another round takes about as long as this pause would, and leaves as much again.
         return self.elapsed + 2 * at_last.pause_seconds > self.terms.deadline_seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,9 @@ from cloudlet.overlay.pages import PageBatch
 from cloudlet.overlay.root import Root
 from cloudlet.overlay.rounds import RoundReader
 from cloudlet.store.bases import Base
+
+_CLOCK_SECONDS = 1.0
+"""Until a machine's clock is set: a guest that has just come answers those first who have waited for it."""
 
 
 class Arriving:
@@ -153,6 +157,7 @@ class Arriving:
             receiving = self._site.hypervisor.receive(base.image(), order.ports, **about)
             stack.callback(receiving.abort)
             receiving.begin()
+            receiving.instance.hold_connections(True)
             reader = RoundReader(known, seed, receiving.pages, spool_fd=spool)
             self._arrival = Arrival(OwnershipFile(self._folder, record), receiving, reader, self._tell)
             return receiving
@@ -160,6 +165,7 @@ class Arriving:
         early = self._site.hypervisor.receive_early(base.image(), wanted.want, order.ports, **about)
         stack.callback(early.abort)
         early.begin()
+        early.instance.hold_connections(True)
 
         def sink(batch: PageBatch) -> None:
             early.pages(batch)
@@ -221,6 +227,7 @@ class Arriving:
         return read[0]
 
     def _set_clock(self, instance: Any, base: Base) -> None:
+        time.sleep(_CLOCK_SECONDS)
         if not self._control.status.paused:
             with suppress(CloudletError):  # it goes on with the time that it has
                 identity.set_clock(instance.agent, base.description.guest)

@@ -154,7 +154,7 @@ class Leaving:
             terms = Terms.from_json(message["terms"])  # before anything is written down
             self._departure = Departure(
                 OwnershipFile(self._folder, record), peer, terms, parcel,
-                self._progress, message.get("rate"),
+                self._progress, message.get("rate"), message.get("overhead"),
             )  # fmt: skip
         except BaseException:
             stack.close()

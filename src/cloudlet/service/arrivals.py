@@ -63,6 +63,8 @@ LOG = log.getLogger(__name__)
 _COMING = tuple(state for state in HandoffState if not state.ended)
 _GIVEN_AWAY = (Ownership.COMMITTED, Ownership.SERVING, Ownership.COMPLETED)
 _ASK_SECONDS = 10.0
+_WRITE_AFTER = 0.05
+"""Seconds after the answer that an instance runs here until its rows say so: the source waits for that."""
 _LOAD_SECONDS = 80.0
 """Longest time in which a keeper loads what came, and a whole machine at last."""
 
@@ -190,7 +192,7 @@ class Arrivals:
         :raises CorruptError: they are damaged.
         :raises ConflictError: those before them have not come.
         """
-        return self._ask(handoff, "records", _LOAD_SECONDS, first=first, body=body)
+        return self._ask(handoff, "records", _LOAD_SECONDS, answers_first=True, first=first, body=body)
 
     def commit(self, handoff: Handoff, epoch: int) -> PeerState:
         """The source has given the instance away: it runs here.
@@ -351,6 +353,8 @@ class Arrivals:
         state = Ownership(said["state"])
         if answers_first and state in (Ownership.RUNNING, Ownership.FILLING):
             return self._runs(handoff, state, said["records"])
+        if answers_first and state is Ownership.LOADED:  # what the keeper tells beside this is noted
+            return PeerState(state, said["records"], handoff.order["holds"], reason=said["reason"])
         return self._said(handoff, state, said["reason"], records=said["records"])
 
     def _runs(self, handoff: Handoff, state: Ownership, records: int) -> PeerState:
@@ -365,7 +369,9 @@ class Arrivals:
             except Exception:
                 LOG.exception("that instance %s has come could not be noted", handoff.instance_id)
 
-        threading.Thread(target=write, name="arrived", daemon=True).start()
+        after = threading.Timer(_WRITE_AFTER, write)
+        after.daemon = True
+        after.start()
         return PeerState(state, records, told=told)
 
     def _said(

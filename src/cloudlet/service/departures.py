@@ -161,7 +161,7 @@ class Departures:
             "terms": handoff.order["terms"],
             "holds": holds,
             "grace": grace,
-            "rate": self._rate(handoff.peer_id),
+            **self._last(handoff.peer_id),
             "peer": self._whom(handoff),
         }
 
@@ -441,15 +441,16 @@ class Departures:
     def get(self, handoff_id: str) -> Handoff:
         return self._site.database.read(lambda connection: HANDOFFS.get(connection, handoff_id))
 
-    def _rate(self, peer_id: str) -> float | None:
-        """Bytes per second that the link carried in the last hand-off to a peer."""
+    def _last(self, peer_id: str) -> dict[str, float | None]:
+        """What the last hand-off to a peer has shown: what the link carries, how long deciding takes."""
         last = self._site.database.read(
             lambda connection: HANDOFFS.list(
                 connection, peer_id=peer_id, direction=Direction.OUT, state=HandoffState.COMPLETED,
                 sort="updated_at", descending=True, limit=1,
             )
         )  # fmt: skip
-        return last[0].statistics.get("rate") if last else None
+        statistics = last[0].statistics if last else {}
+        return {"rate": statistics.get("rate"), "overhead": statistics.get("overhead_seconds")}
 
     def _instance(self, handoff: Handoff) -> Instance:
         return self._site.database.read(lambda connection: INSTANCES.get(connection, handoff.instance_id))

@@ -168,12 +168,11 @@ class Keeping:
 
     def _told(self, instance_id: str, status: Status | None, generation: Generation | None) -> None:
         with self._changed:
+            before = self._statuses.pop(instance_id, None)
             if status:
                 self._statuses[instance_id] = generation, status
-            else:
-                self._statuses.pop(instance_id, None)
             self._changed.notify_all()
-        if not status:
+        if not status or (before and before[0] == generation and _is_no_news(before[1], status)):
             return
         try:
             instance = self._site.database.read(lambda connection: INSTANCES.get(connection, instance_id))
@@ -235,6 +234,14 @@ class Keeping:
 
         if operation := self._site.database.write(note):
             self._site.work.submit(operation)
+
+
+def _is_no_news(before: Status, after: Status) -> bool:
+    """Whether a keeper has only told how far a hand-off is: then nothing is to be noted."""
+    if after.state is KeeperState.ENDED or not (before.handoff and after.handoff):
+        return False
+    same = all(before.handoff.get(name) == after.handoff.get(name) for name in ("id", "state", "in_doubt"))
+    return same and before.with_(handoff=None) == after.with_(handoff=None)
 
 
 def endpoints_of(status: Status) -> list[dict[str, Any]]:

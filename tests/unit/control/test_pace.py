@@ -98,3 +98,28 @@ def test_an_early_switch_hardly_depends_on_what_is_left(clock: list[float]) -> N
     assert whole.pause_seconds > 8
     assert early.pause_seconds < 0.2
     assert (early.bytes, early.seconds, early.can_be_lost) == (whole.bytes, whole.seconds, True)
+
+
+def test_what_is_as_good_as_it_gets_is_not_waited_for(clock: list[float]) -> None:
+    """Where the pause is too long whatever is sent, a round that brings nothing is the last one."""
+    one = Pace(Terms(pause_seconds=0.1, deadline_seconds=600), rate=100 * MEGABIT, overhead=0.12)
+    for number, size in enumerate((4_000_000, 600_000, 590_000, 580_000), 1):
+        one.ended(Round(number, looked=30_000, changed=400, bytes=size))
+        left = one.forecast(10_000, 400)
+        assert left.pause_seconds > 0.1
+        assert one.switches(left) == (number == 4)
+    assert not one.leaves(left)
+
+
+def test_a_round_that_saves_little_is_not_made(clock: list[float]) -> None:
+    one = Pace(Terms(pause_seconds=0.1, deadline_seconds=600), rate=100 * MEGABIT, overhead=0.12)
+    one.ended(Round(1, looked=30_000, changed=1000, bytes=1_000_000))
+    assert one.switches(one.forecast(10_000, 200))
+    assert not one.switches(one.forecast(10_000, 400))
+
+
+def test_the_overhead_of_a_pause_is_what_was_neither_looked_at_nor_sent(clock: list[float]) -> None:
+    one = Pace(Terms(), rate=10_000_000, overhead=0.05)
+    overhead = one.overhead(pause=0.2, looked=10_000, sent=500_000)
+    assert overhead == pytest.approx(0.2 - 0.014 - 0.05)
+    assert one.overhead(pause=0.01, looked=10_000, sent=500_000) == 0.0

@@ -155,8 +155,6 @@ class QemuInstance:
         """Have the network process stand still, or go on: what it does not accept waits in the kernel."""
         if self.record.network:
             self.record.network.send_signal(signal.SIGSTOP if hold else signal.SIGCONT)
-        if not hold:
-            self.announce()  # its copy at another site may have done so already
 
     def cut_connections(self) -> None:
         if self.record.network:

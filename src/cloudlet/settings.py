@@ -194,7 +194,11 @@ WORK_OPTIONS = (
         help="HOST:PORT where cloudlet-conductor shows its figures to Prometheus. Default: nowhere.",
     ),
     cfg.IntOpt(
-        "keep_days", default=30, min=1, mutable=True, help="How long ended operations and events are kept."
+        "keep_days",
+        default=30,
+        min=1,
+        mutable=True,
+        help="How long ended operations and hand-offs, and events, are kept.",
     ),
 )
 WEBHOOK_OPTIONS = (

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 
 import requests
+from sqlalchemy.engine import Connection
 
 from cloudlet.service.options import Options
 from cloudlet.store import journal
-from cloudlet.store.rows import now
+from cloudlet.store.rows import HANDOFFS, Handoff, HandoffState, now
 from tests.service.conftest import PASSWORD, Caller, Made, Running, serving
 
 
@@ -181,3 +183,32 @@ def test_what_is_old_is_forgotten(running: Running) -> None:
     new = call.post("/v1/overlays", {"overlay": {"name": "o"}}, headers={"Idempotency-Key": "k"})["overlay"]
     assert new["id"] != first["id"]
     assert [event["number"] for event in call.events()][-1] == 2, "a number was given twice"
+
+
+def test_the_hand_off_by_which_an_instance_went_last_is_kept(running: Running) -> None:
+    peer, states = str(uuid.uuid4()), HandoffState
+    went = [(1, states.COMPLETED), (2, states.REVERTED), (2, states.LOST), (3, states.REVERTED)]
+    still = [(1, states.COMPLETED), (2, states.COPYING)]
+
+    def add(connection: Connection) -> None:
+        for instance, handoffs in (("went", went), ("still", still)):
+            for epoch, state in handoffs:
+                HANDOFFS.insert(
+                    connection,
+                    Handoff(
+                        project_id="p", user_id="u", instance_id=instance, peer_id=peer, epoch=epoch,
+                        state=state,
+                    ),
+                )  # fmt: skip
+
+    def known(connection: Connection) -> set[tuple[str, int, HandoffState]]:
+        return {(one.instance_id, one.epoch, one.state) for one in HANDOFFS.list(connection, peer_id=peer)}
+
+    running.site.database.write(add)
+    every = running.site.database.read(known)
+    assert len(every) == 6
+    running.site.tidying.forget(now() + timedelta(days=running.site.options.keep_days - 1))
+    assert running.site.database.read(known) == every
+    running.site.tidying.forget(now() + timedelta(days=running.site.options.keep_days + 1))
+    kept = {("went", 2, states.LOST), *(("still", epoch, state) for epoch, state in still)}
+    assert running.site.database.read(known) == kept

@@ -1,4 +1,8 @@
-"""What a site forgets: ended operations and events, when they are old, and repetitions after a day."""
+"""What a site forgets: old operations and hand-offs that have ended, old events, repetitions after a day.
+
+Of an instance's hand-offs the last one that it went by is kept: by that the site knows, also when the
+instance is deleted, that no older copy of it may come.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from oslo_log import log
 from sqlalchemy.engine import Connection
 
 from cloudlet.store import journal, retries, tables
-from cloudlet.store.rows import OperationState, now
+from cloudlet.store.rows import HandoffState, OperationState, now
 
 if TYPE_CHECKING:
     from cloudlet.service.site import ServedSite
@@ -20,6 +24,9 @@ LOG = log.getLogger(__name__)
 _EACH_SECONDS = 3600.0
 _REPETITIONS = timedelta(days=1)
 _ENDED = tuple(state for state in OperationState if state.ended)
+_WENT = (HandoffState.COMPLETED, HandoffState.LOST)
+_AT_ONCE = 500
+"""Hand-offs that are forgotten at a time: their ids are in one statement."""
 
 
 class Tidying:
@@ -48,6 +55,7 @@ class Tidying:
             old = sa.and_(operations.c.state.in_(_ENDED), operations.c.updated_at < oldest)
             connection.execute(sa.delete(operations).where(old))
             journal.forget(connection, oldest)
+            _forget_handoffs(connection, oldest)
             retries.forget_before(connection, moment - _REPETITIONS)
 
         self._site.database.write(forget)
@@ -60,3 +68,15 @@ class Tidying:
                 LOG.exception("what is old could not be forgotten")
             if self._closed.wait(_EACH_SECONDS):
                 return
+
+
+def _forget_handoffs(connection: Connection, oldest: datetime) -> None:
+    """Forget those that came to nothing, and those after which the instance went by another."""
+    columns, later = tables.handoffs.c, tables.handoffs.alias()
+    went_on = sa.exists().where(
+        later.c.instance_id == columns.instance_id, later.c.state.in_(_WENT), later.c.epoch > columns.epoch
+    )
+    to_nothing = columns.state == HandoffState.REVERTED
+    old = sa.and_(columns.updated_at < oldest, sa.or_(to_nothing, sa.and_(columns.state.in_(_WENT), went_on)))
+    while ids := connection.execute(sa.select(columns.id).where(old).limit(_AT_ONCE)).scalars().all():
+        connection.execute(sa.delete(tables.handoffs).where(columns.id.in_(ids)))

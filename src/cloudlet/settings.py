@@ -198,7 +198,7 @@ WORK_OPTIONS = (
         default=30,
         min=1,
         mutable=True,
-        help="How long ended operations and hand-offs, and events, are kept.",
+        help="How long ended operations and hand-offs are kept, and events.",
     ),
 )
 WEBHOOK_OPTIONS = (

@@ -293,7 +293,7 @@ def test_sites_that_are_killed_lose_nothing(sites: tuple[PeerSite, PeerSite]) ->
 
 
 def test_who_may_switch_early(sites: tuple[PeerSite, PeerSite]) -> None:
-    here, _ = sites
+    here, there = sites
     user = here.call.as_("mia")
     app = here.call.get("/v1/apps?name=busy")["apps"][0]
     instance = user.start(app)
@@ -306,6 +306,10 @@ def test_who_may_switch_early(sites: tuple[PeerSite, PeerSite]) -> None:
     here.call.patch(f"/v1/apps/{app['id']}", {"app": {"handoff": {"early": True}}})
     user.done(user.post("/v1/handoffs", {"handoff": {**wanted, "overlay": "overlay"}}))
     assert here.call.get(f"/v1/apps/{app['id']}")["app"]["handoff"] == {"early": True}
+    # Where it came, its app is not known, but what that allows.
+    back = {**wanted, "peer_id": there.peer_id, "overlay": "overlay"}
+    there.call.as_("mia").done(there.call.as_("mia").post("/v1/handoffs", {"handoff": back}))
+    assert here.call.instance(instance["id"])["state"] == "active"
 
 
 def test_a_site_that_cannot_switch_early_refuses(made: Made, hashed: str, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from cloudlet.service.work import operation
 from cloudlet.store import journal
 from cloudlet.store.retries import Remember, forget
 from cloudlet.store.rows import (
+    APPS,
     HANDOFFS,
     INSTANCES,
     PEERS,
@@ -142,6 +143,7 @@ class Departures:
                 "metadata": dict(instance.metadata),
                 "ports": list(instance.order.get("ports", ())),
                 "restart": instance.restart,
+                "early": self.allows_early(instance),
                 "lease": lease,
                 "paused": handoff.paused,
                 "cpus": instance.cpus,
@@ -149,6 +151,24 @@ class Departures:
                 **about,
             },
         }
+
+    def allows_early(self, instance: Instance) -> bool:
+        """Whether its app's publisher has said that an instance may be lost on its way.
+
+        The app may be another site's, from which the instance came: that has said so with its offer.
+        """
+
+        def read(connection: Connection) -> bool:
+            if instance.app_id:
+                app = APPS.find(connection, id=instance.app_id)
+                return bool(app and app.descriptor.get("handoff", {}).get("early"))
+            came = HANDOFFS.list(
+                connection, instance_id=instance.id, direction=Direction.IN, state=HandoffState.COMPLETED,
+                sort="epoch", descending=True, limit=1,
+            )  # fmt: skip
+            return bool(came and came[0].order["instance"].get("early"))
+
+        return self._site.database.read(read)
 
     def depart(self, handoff: Handoff, holds: str) -> dict[str, Any]:
         """What the keeper is told."""

@@ -15,7 +15,7 @@ from cloudlet.api.schemas.handoffs import (
 )
 from cloudlet.errors import ConflictError, NotFoundError, RefusedError
 from cloudlet.service.departures import Wish
-from cloudlet.store.rows import APPS, HANDOFFS, INSTANCES, OPERATIONS, PEERS, Direction, Handoff, Instance
+from cloudlet.store.rows import HANDOFFS, INSTANCES, OPERATIONS, PEERS, Direction, Handoff
 
 
 def list(call: Call, query: HandoffsQuery) -> HandoffsBody:  # noqa: A001 (it is what it is called on the wire)
@@ -39,7 +39,9 @@ def create(call: Call, body: HandoffCreateBody) -> Answer:
     peer = call.site.database.read(lambda connection: PEERS.find(connection, id=wanted.peer_id))
     if peer is None:
         raise NotFoundError(f"there is no peer {wanted.peer_id}", hint="cloudlet peer list")
-    if wanted.switch == "early" and not (call.allows("admin", instance) or _allows_early(call, instance)):
+    if wanted.switch == "early" and not (
+        call.allows("admin", instance) or call.site.departures.allows_early(instance)
+    ):
         raise ConflictError(
             "the app's policy does not allow an early switch, in which an instance can be lost",
             hint="its publisher can: cloudlet app set APP --early-hand-off; or have an operator do it",
@@ -89,11 +91,3 @@ def resolve(call: Call, handoff: Handoff, body: ResolveBody) -> Answer | Handoff
         case "give_back":
             call.site.arrivals.give_back(handoff)
     return HandoffBody(handoff=HandoffView.of(call.site.departures.get(handoff.id)))
-
-
-def _allows_early(call: Call, instance: Instance) -> bool:
-    """Whether the app's publisher has said that its instances may be lost on their way."""
-    if not instance.app_id:
-        return False
-    app = call.site.database.read(lambda connection: APPS.find(connection, id=instance.app_id))
-    return bool(app and app.descriptor.get("handoff", {}).get("early"))

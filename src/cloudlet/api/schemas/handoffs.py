@@ -190,6 +190,7 @@ class OfferedInstance(Incoming):
     metadata: Metadata = Field({})
     ports: list[PeerPort] = Field([], max_length=64)
     restart: bool = False
+    early: bool = Field(False, description="whether its app allows that it is lost on its way")
     lease: Lease
     paused: bool = False
     cpus: int = Field(1, ge=1, le=1024)

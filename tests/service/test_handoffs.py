@@ -104,6 +104,7 @@ def test_while_it_moves_nothing_else_is_done_with_it(sites: Sites, instance: dic
         assert answer.status_code == 409, answer.text
     assert here.call("POST", "/v1/handoffs", {"handoff": {
         "instance_id": instance["id"], "peer_id": here.peer_id}}).status_code == 409  # fmt: skip
+    assert here.call("DELETE", f"/v1/peers/{here.peer_id}").status_code == 409, "it is needed"
     assert ask(instance, "/counter") == "1", "it goes on answering"
     handoff = here.call.get(f"/v1/handoffs/{operation['resources']['handoff']}")["handoff"]
     assert handoff["forecast"]["bytes"] > 100_000 and handoff["forecast"]["seconds"] > 0

@@ -42,6 +42,7 @@ from cloudlet.store import journal
 from cloudlet.store.rows import (
     HANDOFFS,
     INSTANCES,
+    OPEN_HANDOFFS,
     OVERLAYS,
     PEERS,
     Direction,
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
     from cloudlet.service.site import ServedSite
 
 LOG = log.getLogger(__name__)
-_COMING = tuple(state for state in HandoffState if not state.ended)
 _GIVEN_AWAY = (Ownership.COMMITTED, Ownership.SERVING, Ownership.COMPLETED)
 _ASK_SECONDS = 10.0
 _WRITE_AFTER = 0.05
@@ -296,14 +296,14 @@ class Arrivals:
 
     def look_at(self, instance: Instance, status: Status) -> None:
         """Note what a keeper says of an instance that comes here."""
-        coming = {"instance_id": instance.id, "direction": Direction.IN, "state": _COMING}
+        coming = {"instance_id": instance.id, "direction": Direction.IN, "state": OPEN_HANDOFFS}
         handoff = self._site.database.read(lambda connection: HANDOFFS.find(connection, **coming))
         if not handoff:
             return
         try:
             record = self._record(handoff)
         except CorruptError as unreadable:  # an operator has to say it
-            self._become(handoff, HandoffState.IN_DOUBT, _COMING, error=describe(unreadable))
+            self._become(handoff, HandoffState.IN_DOUBT, OPEN_HANDOFFS, error=describe(unreadable))
             return
         if not record:
             return

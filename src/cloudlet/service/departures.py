@@ -31,6 +31,7 @@ from cloudlet.store.rows import (
     APPS,
     HANDOFFS,
     INSTANCES,
+    OPEN_HANDOFFS,
     PEERS,
     Direction,
     Handoff,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from cloudlet.service.site import ServedSite
 
 _RUNNING = (InstanceState.ACTIVE, InstanceState.PAUSED)
-_OPEN = tuple(state for state in HandoffState if not state.ended)
 _STATES: Mapping[Ownership, HandoffState] = {
     Ownership.COPYING: HandoffState.COPYING,
     Ownership.SWITCHING: HandoffState.SWITCHING,
@@ -338,7 +338,7 @@ class Departures:
         decided = said.get("state") in (Ownership.COMPLETED, Ownership.REVERTED, Ownership.LOST)
         if status.state is not KeeperState.ENDED and not decided:
             return
-        leaving = {"instance_id": instance.id, "direction": Direction.OUT, "state": _OPEN}
+        leaving = {"instance_id": instance.id, "direction": Direction.OUT, "state": OPEN_HANDOFFS}
         handoff = self._site.database.read(lambda connection: HANDOFFS.find(connection, **leaving))
         if not handoff:
             return

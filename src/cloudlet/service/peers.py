@@ -34,7 +34,7 @@ from cloudlet.errors import (
 from cloudlet.hypervisor.qemu.launch import find_qemu
 from cloudlet.store import journal, tables
 from cloudlet.store.retries import Remember, forget
-from cloudlet.store.rows import BASES, PEERS, FileState, Owned, Peer, PeerState, now
+from cloudlet.store.rows import BASES, HANDOFFS, OPEN_HANDOFFS, PEERS, FileState, Owned, Peer, PeerState, now
 from cloudlet.store.tokens import PeerTokens, Seen, TokenError, issuer_of, verify
 from cloudlet.transfer.description import Description, check_url, grouped
 from cloudlet.transfer.peer import PeerConnection, describe
@@ -193,9 +193,17 @@ class Peers:
         return self._site.database.write(change)
 
     def delete(self, peer: Peer) -> None:
-        """Forget a peer, and its key."""
+        """Forget a peer, and its key.
+
+        :raises ConflictError: an instance is on its way there, or from there.
+        """
 
         def remove(connection: Connection) -> None:
+            for open_ in HANDOFFS.list(connection, peer_id=peer.id, state=OPEN_HANDOFFS, limit=1):
+                raise ConflictError(
+                    f"hand-off {open_.id} with it is {open_.state}",
+                    hint="wait for its end, or bring it to one: cloudlet handoff resolve --help",
+                )
             if PEERS.delete(connection, peer.id):
                 journal.emit(connection, "peer", "deleted", peer, name=peer.name)
 

@@ -261,6 +261,10 @@ class HandoffState(StrEnum):
         return self in (self.COMPLETED, self.REVERTED, self.LOST)
 
 
+OPEN_HANDOFFS = tuple(state for state in HandoffState if not state.ended)
+"""The states of hand-offs that are not decided, or not told of."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handoff(Owned):
     """An instance on its way to another site, or from one; the same id at both."""

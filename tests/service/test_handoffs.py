@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cloudlet.errors import CloudletError, NotFoundError
+from cloudlet.errors import CloudletError, ConflictError, NotFoundError
 from cloudlet.keeper.correspondence import HttpPeer
 from cloudlet.keeper.handle import Keepers
 from cloudlet.model import Accelerator
@@ -182,6 +182,21 @@ def test_another_machine_is_refused(sites: Sites, instance: dict[str, Any], part
     finally:
         peer.close()
     wait_gone(there.call, instance["id"])
+
+
+def test_an_instance_comes_back_as_its_users(sites: Sites, instance: dict[str, Any]) -> None:
+    here, there = sites
+    here.hand_off(instance)
+    offer = offer_of(there, there.call.instance(instance["id"]))
+    peer = as_peer(there, offer["id"])
+    try:
+        with pytest.raises(ConflictError, match="another user's"):
+            peer.offer({**offer, "instance": {**offer["instance"], "user_id": "somebody"}})
+        assert peer.offer(offer).state == "preparing"
+        peer.drop()
+    finally:
+        peer.close()
+    assert here.call.instance(instance["id"])["state"] == "moved"
 
 
 def offer_of(site: PeerSite, instance: dict[str, Any]) -> dict[str, Any]:

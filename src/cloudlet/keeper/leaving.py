@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from cloudlet.control.handoff import Departure, Parcel, Progress
 from cloudlet.control.imaging import make_image
@@ -18,7 +19,7 @@ from cloudlet.control.pace import Terms
 from cloudlet.control.site import Site
 from cloudlet.control.synthesis import Synthesised
 from cloudlet.errors import CloudletError, ConflictError, NotFoundError
-from cloudlet.forwarder.moved import Forwarding
+from cloudlet.forwarder.moved import Forwarding, is_within
 from cloudlet.hypervisor.driver import Layer, Listener
 from cloudlet.hypervisor.qemu.network import MAX_CONNECTIONS
 from cloudlet.keeper.control import Control, describe_any
@@ -51,6 +52,8 @@ class Leaving:
         self._handoff = ""
         self.grace = 0.0
         """Seconds in which users are shown the way."""
+        self._peer_is_within = False
+        """Whether the other site is on this machine: users may be shown a way within it then."""
         self._error: CloudletError | None = None
         self._told: dict[str, Any] = {}
 
@@ -160,6 +163,7 @@ class Leaving:
             stack.close()
             raise
         self._error, self._told = None, {}
+        self._peer_is_within = is_within(urlsplit(message["peer"]["url"]).hostname or "")
         self._handoff, self.grace = record.handoff, float(message["grace"])
         run = (self._departure, peer, stack)
         self._thread = threading.Thread(target=self._run, args=run, name="departure", daemon=True)
@@ -238,8 +242,11 @@ class Leaving:
             for endpoint, listener in listeners
             if endpoint.guest_port in places
         ]
-        with suppress(OSError):  # an address that is none from here: then nobody is shown the way
-            self.forwarding = Forwarding(ways, MAX_CONNECTIONS)
+        try:
+            self.forwarding = Forwarding(ways, MAX_CONNECTIONS, within=self._peer_is_within)
+        except OSError:  # an address that is none from here: then nobody is shown the way
+            for listener, _ in ways:
+                listener.close()
 
     def _came_to_nothing(self, departure: Departure) -> None:
         """The machine goes on here, or is lost: nobody is shown the way any more."""

@@ -524,6 +524,8 @@ class Arrivals:
             if overlay := self._overlay(connection, wanted):
                 coming = replace(coming, overlay_id=overlay.id, restart=bool(wanted["restart"]))
             return INSTANCES.insert(connection, coming)
+        if (here.project_id, here.user_id) != (wanted["project_id"], wanted["user_id"]):
+            raise ConflictError(f"instance {here.id} is another user's here")
         # One that was lost here has gone on where it came from.
         lost = here.state is InstanceState.FAILED and _was_lost(connection, here)
         if here.state is not InstanceState.MOVED and not lost:

@@ -24,9 +24,7 @@ def test_connections_are_relayed_there() -> None:
             forwarding.close()
 
 
-@pytest.mark.parametrize(
-    "host", ["127.0.0.1", "0.0.0.0", "169.254.1.1", "::1", "::ffff:127.0.0.1"]
-)
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "169.254.1.1", "::1", "::ffff:127.0.0.1"])
 def test_no_other_site_leads_users_into_this_machine(host: str) -> None:
     assert is_within(host)
     with socket.create_server(("127.0.0.1", 0)) as here, pytest.raises(OSError, match="own address"):

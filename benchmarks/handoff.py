@@ -57,9 +57,9 @@ def promised(lab: Lab, results: Results) -> None:
                 for way in WAYS:
                     say(f"turn {turn + 1}: hand-off, {busy} MiB/s, {way}")
                     _move(both, results, way, PROMISED, Load(busy))
-                if turn < lab.times(3):
+                if turn < lab.times(3 if busy < BUSY[-1] else 1):
                     say(f"turn {turn + 1}: QEMU, {busy} MiB/s")
-                    _migrate(lab, app, results, PROMISED, busy)
+                    _migrate(lab, app, results, PROMISED, busy, NOT_CONVERGING)
 
 
 def by_rate(lab: Lab, results: Results) -> None:
@@ -68,10 +68,11 @@ def by_rate(lab: Lab, results: Results) -> None:
     rates = [rate for rate in RATES if rate != PROMISED]
     with sites(lab, app) as both:
         for rate in (25,) if lab.quick else rates:
+            thin = rate in THIN
             for busy in BUSY[: lab.times(2)]:
                 for way in WAYS:
                     say(f"hand-off at {rate} Mbit/s, {busy} MiB/s, {way}")
-                    for _ in range(lab.times(3 if way == "overlay" else 1)):
+                    for _ in range(lab.times(3 if way == "overlay" and not (thin and busy) else 1)):
                         _move(both, results, way, rate, Load(busy))
         for rate in () if lab.quick else THIN:
             for _ in range(lab.times(3)):

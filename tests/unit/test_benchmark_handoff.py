@@ -120,6 +120,13 @@ def measured():
         figures(results, f"handoff.early.{rate}", early=1, missing_pages=500, wanted_pages=9, serving_s=5.0)
     for _ in range(50):
         results.add("handoff.equal", 1)
+    for number in range(20):
+        results.add("handoff.many.operation_s", 10.0 + number / 10)
+    for name, value in {
+        "bytes": 60 << 20, "near_before_mib": 400, "near_most_mib": 600, "far_before_mib": 90,
+        "far_most_mib": 340,
+    }.items():  # fmt: skip
+        results.add(f"handoff.many.{name}", value)
     results.add("handoff.failed", 0)
     return results
 
@@ -147,6 +154,7 @@ def test_every_promise_is_a_line(measured):
         ("handoff.5.overlay.10.seconds_s", 60.0, 1),
         ("handoff.early.5.gap_s", 2.1, 1),
         ("handoff.early.10.early", 0, 1),
+        ("handoff.many.far_most_mib", 347, 1),
     ],
 )
 def test_a_figure_that_breaks_a_promise_is_seen(measured, name, value, broken):
@@ -157,6 +165,11 @@ def test_a_figure_that_breaks_a_promise_is_seen(measured, name, value, broken):
 def test_one_unequal_machine_breaks_the_promise(measured):
     measured.samples["handoff.equal"][7] = 0
     assert [row.figure for row in rows(measured).values() if not row.met] == ["equal in 49 of 50"]
+
+
+def test_one_that_waits_for_the_others_breaks_the_promise(measured):
+    measured.samples["handoff.many.operation_s"][3] = 22.0
+    assert [row.met for row in rows(measured).values()].count(False) == 1
 
 
 def test_fewer_runs_than_promised_do_not_keep_it(measured):

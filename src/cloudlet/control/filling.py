@@ -126,8 +126,7 @@ class EarlyArrival(Arrival):
                 return
             self._ownership.become(Ownership.RUNNING if self._complete else Ownership.FILLING)
         # Its QEMU waits for pages, too: it does what it is told when they have come.
-        with suppress(CloudletError):
-            self._go_on()
+        self._try_to_go_on()
         self._note()
 
     def watch(self, source: Callable[[], PeerState], patience: float) -> None:
@@ -152,11 +151,11 @@ class EarlyArrival(Arrival):
                 answer = answered(source)
                 if answer and answer.state in (Ownership.REVERTED, Ownership.LOST):
                     self.lose(f"the source has taken it back: {answer.reason}")
+        self._see_to_it()
 
     def _try_again(self) -> None:
         """Do what could not be done in its time: have the machine run, write down that it is whole."""
-        with suppress(CloudletError):
-            self._go_on()  # without the lock: its QEMU may read a page that is still to be loaded
+        self._try_to_go_on()  # without the lock: its QEMU may read a page that is still to be loaded
         with self._loading, suppress(OSError):
             if self._complete and self.state is Ownership.FILLING:
                 self._ownership.become(Ownership.RUNNING)

@@ -136,11 +136,18 @@ class Departure:
         self._terms = terms
         self._pace = Pace(terms, rate, overhead)
         self._stopped = threading.Event()
+        """Nothing more is to be sent."""
+        self._woken = threading.Event()
+        """Whoever waits to ask the peer again shall do so now."""
         self._deciding = threading.Lock()
         self._keep = False
         self._word: Ownership | None = None
         """What an operator wants it to become while pages are missing at the target."""
         self._serving: Serving | None = None
+        self._goes_on = False
+        """Whether the machine that stays was told to go on."""
+        self._asked_again = False
+        """Whether the target was told more than once that it may run the machine."""
         self._stood_at = 0.0
         self._sent_before = 0
         """Bytes that had been sent when the machine was stopped."""
@@ -198,11 +205,12 @@ class Departure:
                 else:
                     self._tell(in_doubt=time.monotonic() - began > DOUBT_SECONDS)
             if self.state is Ownership.COMMITTED:
-                self._stopped.wait(wait)
-                self._stopped.clear()
+                self._asked_again = True
+                self._wait(wait)
                 wait = min(2 * wait, _LONGEST_WAIT)
         if self.state is Ownership.SERVING:
             self._serve()
+        self._go_on_here()
         self._tell()
         if self.state is Ownership.REVERTED:
             raise FailedError(f"the instance stays here: {self._ownership.record.reason}")
@@ -237,7 +245,7 @@ class Departure:
             if self.state not in doubt:
                 raise ConflictError(f"the hand-off is {self.state}: there is nothing to decide")
             self._keep = True
-            self._stopped.set()
+            self._woken.set()
 
     def resume_as_of_switch(self) -> None:
         """An operator's word: it goes on here as it was at the switch; what it did at the target is undone.
@@ -261,6 +269,7 @@ class Departure:
             if answer and answer.state in (Ownership.LOADED, Ownership.FILLING, Ownership.RUNNING):
                 raise ConflictError("the instance runs at its target", hint="wait until its memory is there")
             self._word = word
+            self._woken.set()
 
     def revert(self, reason: str, *, silent: bool = False) -> None:
         """The machine goes on here; unless it is given away, or the target runs it by its operator's word.
@@ -278,18 +287,40 @@ class Departure:
                     self._revert(reason)
             except OSError:  # it cannot be written down: the machine is as it was until it can
                 time.sleep(_UNWRITTEN_SECONDS)
+        self._go_on_here()
         self._tell()
         if self.state is Ownership.REVERTED:
             answered(self._peer.drop)
 
     def _revert(self, reason: str, *, as_of_switch: bool = False) -> None:
         self._ownership.become(Ownership.REVERTED, reason=reason, as_of_switch=as_of_switch)
-        if self._parcel:
-            with suppress(CloudletError):  # it is gone: whoever keeps it sees that too
-                if not self._ownership.record.paused:
-                    self._parcel.instance.resume()
-                self._parcel.instance.hold_connections(False)
-                self._parcel.instance.announce()  # its copy may have done so already
+        self._try_to_go_on()
+
+    def _go_on_here(self) -> None:
+        """See to it that a machine that stays goes on; one that is gone is seen by whoever keeps it."""
+        while self.state is Ownership.REVERTED and not self._try_to_go_on():
+            time.sleep(_FIRST_WAIT)
+
+    def _try_to_go_on(self) -> bool:
+        """Whether the machine goes on, or is gone; can be done again."""
+        if not self._parcel or self._goes_on:
+            return True
+        instance, done = self._parcel.instance, True
+        try:
+            if not self._ownership.record.paused:
+                instance.resume()
+        except (CloudletError, OSError):
+            done = False
+        try:
+            instance.hold_connections(False)
+        except (CloudletError, OSError):
+            done = False
+        if not done:
+            return instance.wait(0)
+        self._goes_on = True
+        with suppress(CloudletError, OSError):  # its copy may have done so already
+            instance.announce()
+        return True
 
     def _conclude_without_machine(self) -> None:
         """The machine is gone, and nothing was decided: what the target has is all there is."""
@@ -305,9 +336,14 @@ class Departure:
                     self._ownership.become(Ownership.REVERTED, reason="its machine ended")
             if self.state is Ownership.SWITCHING:
                 self._tell(in_doubt=True)
-                self._stopped.wait(wait)
+                self._wait(wait)
                 wait = min(2 * wait, _LONGEST_WAIT)
         self.revert("its machine ended")
+
+    def _wait(self, seconds: float) -> None:
+        """Wait before the peer is asked again, or until an operator has spoken."""
+        self._woken.wait(seconds)
+        self._woken.clear()
 
     @contextmanager
     def _sending(self, parcel: Parcel) -> Iterator[_Sender]:
@@ -450,7 +486,7 @@ class Departure:
         if self._serving:
             self.statistics.wanted_pages = self._serving.asked
             return self._serving.hear(_LOOK_SECONDS)
-        self._stopped.wait(_LONGEST_WAIT)
+        self._wait(_LONGEST_WAIT)
         return answered(self._peer.state)
 
     def _can_serve(self) -> bool:
@@ -473,6 +509,8 @@ class Departure:
             return
         statistics, pause = self.statistics, time.monotonic() - self._stood_at
         statistics.pause_seconds = round(pause, 4)
+        if self._asked_again or self._terms.verify_full:
+            return  # the pause says nothing of the next one
         looked, sent = statistics.private_bytes // PAGE_BYTES, statistics.bytes - self._sent_before
         statistics.overhead_seconds = round(self._pace.overhead(pause, looked, sent), 4)
 
@@ -657,8 +695,7 @@ class Arrival:
                 self._drop("its machine ended")
                 return
             self._ownership.become(Ownership.RUNNING)
-            with suppress(CloudletError):  # it is tried again
-                self._go_on()
+            self._try_to_go_on()
         with self._changed:
             self._changed.notify_all()
         self._told()
@@ -687,32 +724,32 @@ class Arrival:
                 if self.state is Ownership.LOADED and time.monotonic() - heard > DOUBT_SECONDS:
                     self.in_doubt = True
                     self._told()
-        while self.state is Ownership.RUNNING and not (self._goes or self._receiving.instance.wait(0)):
-            with self._loading, suppress(CloudletError):
-                self._go_on()
-            time.sleep(_FIRST_WAIT)
-        if self._goes:
-            # Beside: a QEMU that waits for pages answers when they have come.
-            threading.Thread(target=self._announce, name="announce", daemon=True).start()
+        self._see_to_it()
         return self.state
 
-    def _announce(self) -> None:
-        with suppress(CloudletError):  # who has its address finds it later
-            self._receiving.instance.announce()
+    def _see_to_it(self) -> None:
+        """Have a machine go on that is this site's, if that could not be done at once."""
+        while self.state is Ownership.RUNNING and not (self._goes or self._receiving.instance.wait(0)):
+            self._try_to_go_on()
+            time.sleep(_FIRST_WAIT)
 
-    def _go_on(self) -> None:
-        """Have the machine run, unless its user had paused it; nothing happens if it does.
-
-        :raises CloudletError: it cannot be told so.
-        """
-        if self._goes:
-            return
+    def _try_to_go_on(self) -> None:
+        """Have the machine run, unless its user had paused it; nothing happens if it does, or cannot now."""
         instance = self._receiving.instance
-        if not self._ownership.record.paused:
-            instance.resume()
-        # Who has come already is let in now: a guest that does not run yet would not hear them.
-        instance.hold_connections(False)
-        self._goes = True
+        with suppress(CloudletError, OSError):
+            if self._goes:
+                return
+            if not self._ownership.record.paused:
+                instance.resume()
+            # Who has come already is let in now: a guest that does not run yet would not hear them.
+            instance.hold_connections(False)
+            self._goes = True
+            # Beside: a QEMU that waits for pages answers when they have come.
+            threading.Thread(target=self._announce, name="announce", daemon=True).start()
+
+    def _announce(self) -> None:
+        with suppress(CloudletError, OSError):  # who has its address finds it later
+            self._receiving.instance.announce()
 
     def take(self) -> None:
         """An operator's word, while the source is silent: the machine runs here, though it may run there too.

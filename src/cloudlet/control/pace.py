@@ -20,6 +20,7 @@ _ADJUST_SECONDS = 0.25
 GUESSED_OVERHEAD = 0.06
 """Seconds of a pause that depend on nothing, before it is known: to stop, to save and load the devices, to
 decide, and for each of the two to hear of it."""
+_MOST_OVERHEAD = 1.0
 _LITTLE = 0.2
 """Another round is not worth while if it can save no more than this share of the pause that was asked for."""
 _PER_LOOKED_PAGE = 1.4e-6
@@ -99,7 +100,7 @@ class Pace:
         self.terms = terms
         self._began = time.monotonic()
         self._rate = rate or GUESSED_RATE
-        self._overhead = GUESSED_OVERHEAD if overhead is None else overhead
+        self._overhead = GUESSED_OVERHEAD if overhead is None else min(overhead, _MOST_OVERHEAD)
         self._level = 0
         self._looked_at = self._began, 0.0
 

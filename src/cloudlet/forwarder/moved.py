@@ -49,10 +49,18 @@ class Forwarding:
 
 
 def is_within(host: str) -> bool:
-    """Whether an address is one by which a machine reaches itself, or its own link only."""
+    """Whether an address is one by which this machine reaches itself, or its own link only."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         return host == "localhost"
     address = getattr(address, "ipv4_mapped", None) or address
-    return address.is_loopback or address.is_unspecified or address.is_link_local or address.is_multicast
+    if address.is_loopback or address.is_unspecified or address.is_link_local or address.is_multicast:
+        return True
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    with socket.socket(family) as probe:
+        try:
+            probe.bind((str(address), 0))
+        except OSError:
+            return False
+    return True

@@ -52,6 +52,8 @@ class Leaving:
         self._handoff = ""
         self.grace = 0.0
         """Seconds in which users are shown the way."""
+        self._way_shown = False
+        """Whether it was tried to show users the way while the machine is kept here."""
         self._peer_is_within = False
         """Whether the other site is on this machine: users may be shown a way within it then."""
         self._error: CloudletError | None = None
@@ -162,7 +164,7 @@ class Leaving:
         except BaseException:
             stack.close()
             raise
-        self._error, self._told = None, {}
+        self._error, self._told, self._way_shown = None, {}, False
         self._peer_is_within = is_within(urlsplit(message["peer"]["url"]).hostname or "")
         self._handoff, self.grace = record.handoff, float(message["grace"])
         run = (self._departure, peer, stack)
@@ -244,7 +246,7 @@ class Leaving:
         ]
         try:
             self.forwarding = Forwarding(ways, MAX_CONNECTIONS, within=self._peer_is_within)
-        except OSError:  # an address that is none from here: then nobody is shown the way
+        except (OSError, ValueError, OverflowError):  # no address, or none from here: nobody is shown the way
             for listener, _ in ways:
                 listener.close()
 
@@ -256,7 +258,8 @@ class Leaving:
             self._made.instance.stop()
 
     def _progress(self, progress: Progress) -> None:
-        if progress.state is Ownership.SERVING and not self.forwarding:
+        if progress.state is Ownership.SERVING and not self._way_shown:
+            self._way_shown = True
             # What the instance holds of its sockets stays its own: it may go on here.
             self._show_way([(port, one.dup()) for port, one in self._made.instance.listeners])
             self._made.instance.cut_connections()

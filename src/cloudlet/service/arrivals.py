@@ -286,8 +286,10 @@ class Arrivals:
             return _ended(handoff)
         record = self._record(handoff)
         if record is None:
-            lost = handoff.state is HandoffState.SERVING
-            return PeerState(Ownership.LOST if lost else Ownership.DROPPED, reason="its machine is gone")
+            lost, gone = handoff.state is HandoffState.SERVING, FailedError("its machine is gone")
+            if not self._site.keeping.keepers.lives(handoff.instance_id):
+                self._lost(handoff, gone) if lost else self.gone(handoff, gone)
+            return PeerState(Ownership.LOST if lost else Ownership.DROPPED, reason=gone.message)
         if not self._site.keeping.keepers.lives(handoff.instance_id):
             record = self._left_alone(handoff, record)
         status = self._site.keeping.status(handoff.instance_id)
@@ -351,7 +353,8 @@ class Arrivals:
                 raise
             return self.state(handoff)
         state = Ownership(said["state"])
-        if answers_first and state in (Ownership.RUNNING, Ownership.FILLING):
+        known = state is Ownership.FILLING and handoff.state is HandoffState.SERVING
+        if answers_first and state in (Ownership.RUNNING, Ownership.FILLING) and not known:
             return self._runs(handoff, state, said["records"])
         if answers_first and state is Ownership.LOADED:  # what the keeper tells beside this is noted
             return PeerState(state, said["records"], handoff.order["holds"], reason=said["reason"])
@@ -404,7 +407,8 @@ class Arrivals:
             before = HANDOFFS.get(connection, handoff.id, lock=True)
             if before.state.ended:
                 return before
-            if before.state is not HandoffState.SERVING:  # it ended before its row said that it ran
+            here = INSTANCES.find(connection, id=handoff.instance_id)
+            if here and before.state is not HandoffState.SERVING:  # it ended before its row said that it ran
                 self._ran(connection, before, HandoffState.SERVING, [])
             done = HANDOFFS.update(connection, handoff.id, state=HandoffState.LOST, error=describe(error))
             journal.emit(connection, "handoff", HandoffState.LOST, done, instance_id=done.instance_id)

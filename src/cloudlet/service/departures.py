@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oslo_log import log
 from sqlalchemy.engine import Connection
 
-from cloudlet.control.courier import PeerState
-from cloudlet.control.handoff import Departure
+from cloudlet.control.courier import PeerState, answered
+from cloudlet.control.handoff import Departure, Progress
 from cloudlet.control.ownership import Ownership, OwnershipFile, Record, read_record
 from cloudlet.control.pace import Terms
 from cloudlet.errors import CloudletError, ConflictError, CorruptError
@@ -46,6 +47,7 @@ from cloudlet.store.rows import (
 if TYPE_CHECKING:
     from cloudlet.service.site import ServedSite
 
+LOG = log.getLogger(__name__)
 _RUNNING = (InstanceState.ACTIVE, InstanceState.PAUSED)
 _STATES: Mapping[Ownership, HandoffState] = {
     Ownership.COPYING: HandoffState.COPYING,
@@ -58,6 +60,7 @@ _STATES: Mapping[Ownership, HandoffState] = {
 }
 
 
+_AT_SWITCH = (Ownership.SWITCHING, Ownership.COMMITTED, Ownership.SERVING)
 _GIVEN_AWAY = (Ownership.COMMITTED, Ownership.SERVING, Ownership.COMPLETED, Ownership.LOST)
 _DECIDES = {"keep": Ownership.REVERTED, "give_up": Ownership.LOST}
 """What an operator's word makes of a departure whose machine is gone."""
@@ -197,8 +200,15 @@ class Departures:
             return None
         return Departure(
             OwnershipFile(folder, record), peer, Terms.from_json(dict(handoff.order["terms"])),
-            told=lambda progress: self.note(handoff.id, progress.state, in_doubt=progress.in_doubt),
+            told=lambda progress: self._try_to_note(handoff.id, progress),
         )  # fmt: skip
+
+    def _try_to_note(self, handoff_id: str, progress: Progress) -> None:
+        """Have the row say how far it is; what waits for a peer does not end where that cannot be said."""
+        try:
+            self.note(handoff_id, progress.state, in_doubt=progress.in_doubt)
+        except Exception:
+            LOG.exception("how far hand-off %s is could not be noted", handoff_id)
 
     def _record_or_word(self, handoff: Handoff, folder: Path) -> Record | None:
         """What was written down; where that cannot be read, what an operator has said instead."""
@@ -220,12 +230,16 @@ class Departures:
 
         def listen() -> None:
             while not over.wait(_HEED_SECONDS):
-                word = self.get(handoff.id).order.get("word")
-                with suppress(CloudletError):  # it has just been decided otherwise
+                try:
+                    word = self.get(handoff.id).order.get("word")
                     if word == "keep":
                         departure.keep()
                     elif word == "give_up":
                         departure.give_up()
+                except ConflictError:
+                    pass  # it has just been decided otherwise
+                except Exception:
+                    LOG.exception("an operator's word on hand-off %s could not be heard", handoff.id)
 
         thread = threading.Thread(target=listen, name="heeding", daemon=True)
         thread.start()
@@ -304,10 +318,11 @@ class Departures:
             return
         lives = self._site.keeping.keepers.lives(handoff.instance_id)
         open_ = record and record.handoff == handoff.id and not record.state.ended
-        given_away = record is not None and record.state in (Ownership.COMMITTED, Ownership.SERVING)
-        if record and open_ and (lives or given_away):
-            # What failed was to wait: nobody knows yet. The keeper's word, or `handoff resolve`, goes on.
-            in_doubt = given_away
+        # At the switch the target may be told that it is its own, whoever was to wait for that.
+        at_switch = record is not None and record.state in _AT_SWITCH
+        if record and open_ and (lives or at_switch):
+            # What failed was to wait: nobody knows yet. The keeper's word, or whoever keeps house, goes on.
+            in_doubt = record.state in (Ownership.COMMITTED, Ownership.SERVING) or not lives
             self.note(handoff.id, record.state, in_doubt=in_doubt, error=describe(error))
             return
 
@@ -349,6 +364,20 @@ class Departures:
             self.note(handoff.id, Ownership.COMMITTED, in_doubt=True, error=describe(unreadable))
         except ConflictError:
             pass  # it has just been said
+
+    def go_on(self) -> None:
+        """Go on with what is in doubt without a keeper, and for which nobody waits any more."""
+
+        def read(connection: Connection) -> list[Handoff]:
+            doubt = HANDOFFS.list(connection, direction=Direction.OUT, state=HandoffState.IN_DOUBT)
+            return [one for one in doubt if not self._site.work.open_on(connection, one.instance_id)]
+
+        for handoff in self._site.database.read(read):
+            if self._site.keeping.keepers.lives(handoff.instance_id):
+                continue
+            with suppress(ConflictError, CorruptError):  # decided just now; or only by an operator's word
+                self._record_or_word(handoff, self._site.keeping.folder(handoff.instance_id))
+                self.resolve(handoff)
 
     def resolve(self, handoff: Handoff) -> Operation:
         """Have it go on, if it was left in doubt; who asks again is told of the same.
@@ -409,14 +438,17 @@ class Departures:
             self._site.keeping.keepers.ask(handoff.instance_id, word, handoff=handoff.id)
             return
         # Its machine is gone with its keeper: what is left to decide is done by the operation.
-        with suppress(CorruptError):
+        try:
             state = self.decided(handoff)
             fitting = "give_up" if state is Ownership.SERVING else "keep"
             if word != fitting:
                 hint = f"cloudlet handoff resolve --{fitting.replace('_', '-')}"
                 raise ConflictError(f"its machine is gone, and it is {state}", hint=hint)
-        if word not in _DECIDES:
-            raise ConflictError("its machine is gone", hint="cloudlet handoff resolve --keep, or --give-up")
+        except CorruptError as unreadable:
+            if word not in _DECIDES:
+                hint = "cloudlet handoff resolve --keep, or --give-up"
+                raise ConflictError("its machine is gone", hint=hint) from unreadable
+            self._check_not_there(handoff)
 
         def note(connection: Connection) -> None:
             order = {**HANDOFFS.get(connection, handoff.id, lock=True).order, "word": word}
@@ -424,6 +456,17 @@ class Departures:
 
         self._site.database.write(note)
         self.resolve(handoff)
+
+    def _check_not_there(self, handoff: Handoff) -> None:
+        """Have the target give the instance up, if it answers.
+
+        :raises ConflictError: it runs there.
+        """
+        peer = self.peer(handoff)
+        said = answered(peer.drop) or answered(peer.state)
+        peer.close()
+        if said and said.state in (Ownership.RUNNING, Ownership.FILLING):
+            raise ConflictError("the instance runs at its target", hint="have it deleted there, or let it be")
 
     def cancel(self, handoff: Handoff) -> Operation:
         """Have the instance stay.

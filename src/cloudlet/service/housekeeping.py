@@ -86,6 +86,7 @@ class Housekeeping:
                 self._site.work.resume()
                 self._site.leases.look()
                 self._site.keeping.find_new()
+                self._site.departures.go_on()
                 self._site.webhooks.look()
             except Exception:
                 LOG.exception("what others left could not be found")

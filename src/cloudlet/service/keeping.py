@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from oslo_log import log
 from sqlalchemy.engine import Connection
 
+from cloudlet.control.ownership import Ownership
 from cloudlet.errors import CloudletError, ConflictError, FailedError, NotFoundError
 from cloudlet.keeper.folder import Generation
 from cloudlet.keeper.handle import Keepers
@@ -38,6 +39,8 @@ class Keeping:
         self._site = site
         self._changed = threading.Condition()
         self._statuses: dict[str, tuple[Generation | None, Status]] = {}
+        self._unnoted: set[str] = set()
+        """Instances whose keeper said something that could not be noted."""
         self.keepers = Keepers(site.options.machine, self._told)
 
     def status(self, instance_id: str) -> Status | None:
@@ -149,7 +152,11 @@ class Keeping:
                 self._ended(instance, describe(FailedError("its machine was gone when the site started")))
 
     def find_new(self) -> None:
-        """Watch the keepers that other processes of the site started."""
+        """Watch the keepers that other processes of the site started; note what could not be noted before."""
+        with self._changed:
+            unnoted = {one: self._statuses[one][1] for one in self._unnoted & self._statuses.keys()}
+        for instance_id, status in unnoted.items():
+            self._take_note(instance_id, status)
         ended = {
             one
             for one, (generation, status) in self._statuses.copy().items()
@@ -174,6 +181,12 @@ class Keeping:
             self._changed.notify_all()
         if not status or (before and before[0] == generation and _is_no_news(before[1], status)):
             return
+        self._take_note(instance_id, status)
+
+    def _take_note(self, instance_id: str, status: Status) -> None:
+        """Have the rows say what a keeper has said; what cannot be noted now is noted later."""
+        with self._changed:
+            self._unnoted.discard(instance_id)
         try:
             instance = self._site.database.read(lambda connection: INSTANCES.get(connection, instance_id))
             if instance.state is InstanceState.MOVING:
@@ -191,8 +204,8 @@ class Keeping:
                 self.end(instance_id)  # it is in no row any more, or never came to be in one
         except Exception:
             LOG.exception("what became of instance %s could not be noted yet", instance_id)
-            with self._changed:  # so that who looks for keepers is told again
-                self._statuses.pop(instance_id, None)
+            with self._changed:
+                self._unnoted.add(instance_id)
 
     def _note(self, instance: Instance, status: Status) -> None:
         """Have the row say what the keeper says, where that may change by itself."""
@@ -239,6 +252,8 @@ class Keeping:
 def _is_no_news(before: Status, after: Status) -> bool:
     """Whether a keeper has only told how far a hand-off is: then nothing is to be noted."""
     if after.state is KeeperState.ENDED or not (before.handoff and after.handoff):
+        return False
+    if Ownership(after.handoff["state"]).ended:
         return False
     same = all(before.handoff.get(name) == after.handoff.get(name) for name in ("id", "state", "in_doubt"))
     return same and before.with_(handoff=None) == after.with_(handoff=None)

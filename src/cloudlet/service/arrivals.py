@@ -363,7 +363,14 @@ class Arrivals:
     def _runs(self, handoff: Handoff, state: Ownership, records: int) -> PeerState:
         """The answer that it runs here, before the rows say so; who asks next has them written if need be."""
         status = self._site.keeping.keepers.status(handoff.instance_id)
-        last = self._site.database.read(journal.last_number)
+
+        def read(connection: Connection) -> tuple[int, Handoff]:
+            # In this order: if the row does not say that it runs, its event has no number yet.
+            return journal.last_number(connection), HANDOFFS.get(connection, handoff.id)
+
+        last, row = self._site.database.read(read)
+        if row.told is not None:  # what its keeper told beside this was written first
+            return replace(_ended(row), state=state, records=records)
         told = {"endpoints": endpoints_of(status) if status else [], "events_after": last}
 
         def write() -> None:

@@ -22,9 +22,9 @@ demo-handoff:   ## a running VM follows its user to another cloudlet, beside QEM
 	@tools/setup run
 	@$(bin)/python tools/demo_handoff.py
 
-test: lint      ## lint, types, layers, and all tests, real QEMU included
+test: lint      ## lint, types, layers, and all tests, real QEMU included; files of tests side by side
 	@tools/setup test
-	@$(bin)/pytest
+	@$(bin)/pytest --numprocesses auto --dist loadfile
 
 unit:           ## the tests that start no QEMU
 	@tools/setup test

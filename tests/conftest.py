@@ -6,12 +6,14 @@ of the checkout from one run to the next (a base's name is its content); all sta
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,12 +59,26 @@ def site(settings: Settings) -> Iterator[Site]:
     assert left == []
 
 
+@contextmanager
+def nobody_else_builds() -> Iterator[None]:
+    """Be the only one, of the processes that share the tests, who adds to the bases of all."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with (KEPT / "building.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session")
 def quick_base_id(images: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The identity of a base made from the quick guest, which has an agent and boots in seconds."""
     state = tmp_path_factory.mktemp("base-state")
     settings = Settings(cache_dir=KEPT / "cache", state_dir=state, keys_dir=state / "keys", accelerator="tcg")
     opened = Site.open(settings)
+    with nobody_else_builds():
+        return _quick_base_of(opened, images)
+
+
+def _quick_base_of(opened: Site, images: Path) -> str:
     image = build("quick", images)
     # The name tells from which image: a rebuilt image makes another base.
     name = f"quick-{image.disk.stat().st_mtime_ns}"
@@ -96,6 +112,11 @@ def debian_base_id(tmp_path_factory: pytest.TempPathFactory) -> str:
     settings = Settings(cache_dir=KEPT / "cache", state_dir=state, keys_dir=state / "keys", accelerator="tcg")
     opened = Site.open(settings)
     recipe = Path(bases.__file__).parents[1] / "guests" / "debian"
+    with nobody_else_builds():
+        return _debian_base_of(opened, recipe)
+
+
+def _debian_base_of(opened: Site, recipe: Path) -> str:
     digest = blake3()
     for path in sorted(path for path in recipe.rglob("*") if path.is_file()):
         digest.update(path.read_bytes())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import requests
 from tests.redis import redis
 from tests.service.conftest import DEADLINE, PASSWORD, Caller, Made
 from tests.service.served import settings_file
+from tests.service.two_sites import free_port
 
 BIN = Path(sys.executable).parent
 APPLICATION = "cloudlet.wsgi:application"
@@ -68,11 +68,6 @@ def answering(port: int, process: subprocess.Popen[bytes], log: Path) -> Caller:
             pass
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize("server", [gunicorn, uwsgi], ids=["gunicorn", "uwsgi"])

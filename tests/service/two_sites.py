@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import signal
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from cloudlet.keeper.handle import Keepers
 from cloudlet.settings import Settings, load
 from tests.service.conftest import Caller, Made, nothing_runs
 from tests.service.served import Served, served, settings_file
+
+_PORTS = (20_000, 32_000)
+"""Below those that Linux gives to who asks for none."""
 
 
 @dataclass
@@ -94,8 +98,8 @@ def peer_site(folder: Path, made: Made, hashed: str, **groups: Mapping[str, Any]
     for key in (made.keys / "trusted").glob("*.pub"):
         shutil.copy(key, trusted / f"publisher-{key.name}")
     usual = {
-        "api": {"listen": f"127.0.0.1:{_free_port()}", "users_file": folder / "users"},
-        "peers": {"listen": f"127.0.0.1:{_free_port()}", "grace_seconds": 5},
+        "api": {"listen": f"127.0.0.1:{free_port()}", "users_file": folder / "users"},
+        "peers": {"listen": f"127.0.0.1:{free_port()}", "grace_seconds": 5},
     }
     given = {name: {**usual.get(name, {}), **groups.get(name, {})} for name in usual.keys() | groups.keys()}
     own = Made(made.cache, folder / "keys", made.base_id, made.overlay)
@@ -116,9 +120,11 @@ def add_peer(here: PeerSite, there: PeerSite) -> str:
     return str(here.call.post("/v1/peers", {"peer": peer})["peer"]["id"])
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+def free_port() -> int:
+    """A port that is free, and none that the kernel gives to connections meanwhile."""
+    while True:
+        with suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(*_PORTS))) as listener:
+            return int(listener.getsockname()[1])
 
 
 def end_machines(settings: Settings) -> None:

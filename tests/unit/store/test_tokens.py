@@ -161,7 +161,7 @@ def test_it_is_for_one_site_and_request_and_of_one_key(site: Site, other: dict[s
         {"iat": [1]}, {"exp": {"a": 1}}, {"iat": float("nan")}, {"exp": float("inf")},
         {"iat": time.time() + 30, "exp": time.time()},
     ],
-    ids=str,
+    ids=" ".join,
 )  # fmt: skip
 def test_claims_that_are_missing_or_wrong(site: Site, changes: dict[str, Any]) -> None:
     site.look(site.signed(jti="as it should be"))

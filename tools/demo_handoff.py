@@ -197,7 +197,7 @@ def show(bare: Leg, known: Leg, beside: Migrated | None) -> None:
     ):
         table.add_column(head, justify="right")
     legs = (bare, known)
-    missing = "not in time"
+    missing = f"not in {MIGRATION_SECONDS:.0f} s"
     table.add_row(
         "over the link, MiB", *(f"{leg.carried_bytes / MEBIBYTE:.1f}" for leg in legs),
         f"{beside.carried_bytes / MEBIBYTE:.1f}" if beside else missing,

@@ -92,6 +92,8 @@ def refused(place: tuple[str, int]) -> None:
             socket.create_connection(place, timeout=DEADLINE).close()
         except ConnectionRefusedError:
             return
+        except ConnectionResetError:
+            pass  # it is just being closed
         assert time.monotonic() < deadline, f"{place} is still there"
         time.sleep(0.05)
 

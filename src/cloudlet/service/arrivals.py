@@ -288,7 +288,8 @@ class Arrivals:
         if record is None:
             lost, gone = handoff.state is HandoffState.SERVING, FailedError("its machine is gone")
             if not self._site.keeping.keepers.lives(handoff.instance_id):
-                self._lost(handoff, gone) if lost else self.gone(handoff, gone)
+                note = self._lost if lost else self.gone
+                note(handoff, gone)
             return PeerState(Ownership.LOST if lost else Ownership.DROPPED, reason=gone.message)
         if not self._site.keeping.keepers.lives(handoff.instance_id):
             record = self._left_alone(handoff, record)

@@ -410,9 +410,9 @@ class Departures:
     def keep(self, handoff: Handoff) -> None:
         """An operator's word while the peer is silent: it runs here again, though it may run there too.
 
-        If its machine is gone, it has failed here.
+        If its machine is gone with its keeper, it has failed here.
 
-        :raises ConflictError: there is nothing to decide, or its machine is gone.
+        :raises ConflictError: there is nothing to decide, or it runs at the peer.
         """
         self._speak(handoff, "keep")
 
@@ -426,7 +426,7 @@ class Departures:
     def give_up(self, handoff: Handoff) -> None:
         """An operator's word: what is kept here of an instance that was switched early is ended.
 
-        :raises ConflictError: it runs at the peer, there is nothing to decide, or its machine is gone.
+        :raises ConflictError: it runs at the peer, or there is nothing to decide.
         """
         self._speak(handoff, "give_up")
 

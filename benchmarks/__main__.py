@@ -73,24 +73,26 @@ def main() -> None:
     began = time.monotonic()
     with Lab.open(seed, options.quick) as lab:
         about = machine(lab.site.hypervisor, lab.settings.qemu_binary)
-        for name in names:
-            for part in PARTS[name]:
-                say(f"{name}: {(part.__doc__ or '').partition(chr(10))[0]}")
-                part(lab, results)
+        about |= {"seed": seed, "date": time.strftime("%Y-%m-%d", time.gmtime())}
+        try:
+            for name in names:
+                for part in PARTS[name]:
+                    say(f"{name}: {(part.__doc__ or '').partition(chr(10))[0]}")
+                    part(lab, results)
+        finally:
+            # An hour's samples are not lost with the part that fails.
+            if options.json:
+                document = {"machine": about, "samples": results.samples, "notes": results.notes}
+                options.json.write_text(json.dumps(document, indent=1))
         preparing = lab.preparing
     about |= {
         "seconds": round(time.monotonic() - began - sum(preparing.values())),
         "preparing_seconds": preparing,
-        "seed": seed,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     rows = report.rows(results)
     pages = (early_report.LINES, site_report.LINES, handoff_report.LINES)
     others = [row for lines in pages for row in report.rows(results, lines)]
     print("\n" + report.text([*rows, *others]))
-    if options.json:
-        document = {"machine": about, "samples": results.samples, "notes": results.notes}
-        options.json.write_text(json.dumps(document, indent=1))
     # What is kept of a page is one run of all that stands on it.
     if options.quick:
         return

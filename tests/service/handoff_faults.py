@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -36,6 +36,8 @@ from tests.service.handoff_world import SETTLED_SECONDS, SOON, World, clock_of, 
 from tests.service.two_sites import PeerSite
 from tests.service.watching import Guest
 
+Ends = tuple[str | None, str | None]
+"""What the source and the target say of a hand-off."""
 AWAY = 1.5
 """Seconds for which something is cut, killed, or full."""
 _MOST_HANDSHAKE = 400
@@ -144,6 +146,15 @@ NAMES = tuple(step.name for step in STEPS)
 class Cell:
     """One hand-off, in which one thing fails at one step."""
 
+    terms: ClassVar[Mapping[str, Any]] = {}
+    """How it is asked for."""
+    ends: ClassVar[frozenset[Ends]] = frozenset(
+        {("completed", "completed"), ("reverted", "reverted"), ("reverted", None)}
+    )
+    """What both sites may say in the end."""
+    gone: ClassVar[tuple[str, ...]] = ("moved",)
+    """What the target may say of an instance that is not there in the end."""
+
     def __init__(self, here: World, step: Step, source: int, dice: random.Random) -> None:
         self.world = here
         self.step = step
@@ -165,7 +176,7 @@ class Cell:
         """Begin, and come to where the step is held; the operation."""
         view, step, gate = self.view, self.step, self.towards
         gate.holds = lambda piece: not view.handoff or step.held(view, piece)
-        wanted = {"instance_id": self.instance_id, "peer_id": self.source.peer_id}
+        wanted = {"instance_id": self.instance_id, "peer_id": self.source.peer_id, **self.terms}
         operation: dict[str, Any] = self.source.call.post("/v1/handoffs", {"handoff": wanted})["operation"]
         view.handoff = operation["resources"]["handoff"]
 
@@ -174,6 +185,9 @@ class Cell:
 
         wait_for(there, SOON, f"{step.name} is not reached")
         return operation
+
+    def resolve(self, said: Mapping[str, Any]) -> None:
+        """Give an operator's word, where what the sites say asks for one."""
 
     def say(self, problem: str) -> None:
         self.problems.append(problem)
@@ -396,7 +410,7 @@ def _replay_messages(cell: Cell) -> None:
             cell.source_id, cell.source_key, "POST", f"/v1/peer/handoffs/{earlier['id']}/commit",
             json={"epoch": earlier["epoch"]},
         )  # fmt: skip
-        if status != 200 or said["handoff"]["state"] not in ("running", "dropped"):
+        if status != 200 or said["handoff"]["state"] not in ("running", "dropped", "lost"):
             cell.say(f"COMMIT of an earlier hand-off is answered with {status}: {said}")
         for handoff, expected in ((earlier["id"], (202,)), (str(uuid.uuid4()), (409,))):
             offer = {**earlier["offer"], "id": handoff}
@@ -461,7 +475,7 @@ CELLS = tuple((step, fault) for step in STEPS for fault in FAULTS if step.name i
 """The matrix."""
 
 Outcome = tuple[str, bool]
-"""What both sites say of the hand-off, and whether the instance lives."""
+"""What the source says of the hand-off, and whether the instance lives."""
 
 
 def allowed(step: Step, fault: Fault, away: float) -> set[Outcome]:
@@ -481,8 +495,13 @@ def allowed(step: Step, fault: Fault, away: float) -> set[Outcome]:
 
 def run_cell(here: World, step: Step, fault: Fault, source: int, dice: random.Random) -> list[str]:
     """Have a thing fail at a step of a hand-off from a site; what is not as it has to be."""
+    return play(Cell(here, step, source, dice), fault, allowed)
+
+
+def play(cell: Cell, fault: Fault, may_become: Callable[[Step, Fault, float], set[Outcome]]) -> list[str]:
+    """Have a thing fail; what is not as it has to be."""
+    here = cell.world
     looks = here.observer.looks
-    cell = Cell(here, step, source, dice)
     try:
         operation = cell.hold()
         began = time.monotonic()
@@ -493,7 +512,7 @@ def run_cell(here: World, step: Step, fault: Fault, source: int, dice: random.Ra
         outcome = _settled(cell, operation)
     finally:
         _all_is_well(cell)
-    if outcome not in allowed(step, fault, away):
+    if outcome not in may_become(cell.step, fault, away):
         cell.say(f"it is {outcome[0]}, and the instance {'lives' if outcome[1] else 'has failed'}")
     _check(cell, outcome)
     if here.observer.ran_twice:
@@ -520,11 +539,12 @@ def _settled(cell: Cell, operation: Mapping[str, Any]) -> Outcome:
 
     def settled() -> bool:
         found.update(_said(cell, operation))
+        cell.resolve(found)
         ends = found["departure"], found["arrival"]
         lives = found["at source"] if ends[0] == "reverted" else found["at target"]
         return (
             found["operation"] in ("succeeded", "failed")
-            and ends in (("completed", "completed"), ("reverted", "reverted"), ("reverted", None))
+            and ends in cell.ends
             and lives in ("active", "failed")
         )
 
@@ -566,13 +586,15 @@ def _check(cell: Cell, outcome: Outcome) -> None:
         cell.problems += here.user.verify(guest)
         here.instance = here.sites[at].call.instance(cell.instance_id)
     other = here.sites[1 - at]
+    known = other.call("GET", f"/v1/instances/{cell.instance_id}")
+    there = known.json()["instance"]["state"] if known.status_code == 200 else "moved"
+    if there not in (cell.gone if other is cell.target else ("moved",)):
+        cell.say(f"at the other site the instance is {there}")
     folder = cell.folders[1 - at]
-    wait_for(lambda: not folder.exists(), SOON, f"{folder} is left")
+    if there != "failed":  # what is known of its end is kept there, until it is deleted
+        wait_for(lambda: not folder.exists(), SOON, f"{folder} is left")
     if left := [path.name for path, _ in records(here.machines[1 - at].instances_dir)]:
         cell.say(f"machines {left} are left")
-    known = other.call("GET", f"/v1/instances/{cell.instance_id}")
-    if known.status_code == 200 and known.json()["instance"]["state"] != "moved":
-        cell.say(f"at the other site the instance is {known.json()['instance']['state']}")
     if not lives:
         here.lost()
 

@@ -12,20 +12,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from tests.service.conftest import Made
 from tests.service.gate import Gate, gated
 from tests.service.two_sites import PeerSite, add_peer, peer_site
-from tests.service.watching import Guest, Observer, User, guests_below, watched
+from tests.service.watching import AnyUser, Guest, Observer, User, guests_below, watching
 
 GRACE = 1
 PATIENCE = 30
 """Longer than a site takes to be there again, also on a machine that has much else to do."""
 SOON, SETTLED_SECONDS = 45.0, 90.0
 """Upper bounds: this long only where a machine has much else to do."""
-_STATE_MIB = 96
 _CLOCK = "CLOUDLET_TESTED_CLOCK"
 _SITECUSTOMIZE = f'''
 """The clock of a site under test is off by what a file says."""
@@ -51,6 +50,11 @@ time.time = _shifted
 class World:
     """Two sites, the gates before them, and an instance that goes to and fro."""
 
+    settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Of both sites, by group, besides what all have."""
+    state_mib = 96
+    """What there is room for in the state folder of each."""
+
     def __init__(self, sites: Sequence[PeerSite], gates: Sequence[Gate], keys: Mapping[str, Path]) -> None:
         self.sites = tuple(sites)
         self.gates = tuple(gates)
@@ -60,8 +64,8 @@ class World:
         """The id of a site that is a peer of both, and its keys."""
         self.instance: dict[str, Any] | None = None
         self.at = 0
-        self.observer: Observer
-        self.user: User
+        self.observer: Observer[Any]
+        self.user: AnyUser
         self._apps: list[dict[str, Any]] = []
 
     @property
@@ -74,6 +78,14 @@ class World:
     def guests(self, which: int | None = None) -> list[Guest]:
         """The guests of a site, or of both."""
         return guests_below(self.folder if which is None else self.sites[which].folder)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Have an observer and a user until the context is left."""
+        user = User(self.folder)
+        self.observer, self.user = Observer(self.folder, guests_below), user
+        with watching(self.observer.run, user.run):
+            yield
 
     def bring_to(self, which: int) -> dict[str, Any]:
         """Have the instance run at a site, a new one if there is none."""
@@ -100,14 +112,20 @@ class World:
     def _wait_alone(self, instance_id: str, which: int) -> None:
         """Wait until nothing of it is left at the other site."""
         folder = self.machines[1 - which].keepers_dir / instance_id
-        wait_for(lambda: not folder.exists(), SOON, f"{folder} is still there")
+
+        def alone() -> bool:
+            known = self.sites[1 - which].call("GET", f"/v1/instances/{instance_id}")
+            failed = known.status_code == 200 and known.json()["instance"]["state"] == "failed"
+            return failed or not folder.exists()
+
+        wait_for(alone, SOON, f"{folder} is still there")
 
 
 class Worlds:
     """Two sites for any number of cells; others after something was not as it had to be."""
 
-    def __init__(self, folder: Path, made: Made, hashed: str) -> None:
-        self._folder, self._made, self._hashed = folder, made, hashed
+    def __init__(self, folder: Path, made: Made, hashed: str, kind: type[World] = World) -> None:
+        self._folder, self._made, self._hashed, self._kind = folder, made, hashed, kind
         self._stack = ExitStack()
         self._count = 0
         self._world: World | None = None
@@ -124,7 +142,7 @@ class Worlds:
             self._count += 1
             place = self._folder / f"{self._count}"
             place.mkdir(parents=True)
-            self._world = self._stack.enter_context(world(place, self._made, self._hashed))
+            self._world = self._stack.enter_context(world(place, self._made, self._hashed, self._kind))
         return self._world
 
     def at(self) -> int | None:
@@ -138,18 +156,18 @@ class Worlds:
 
 
 @contextmanager
-def world(folder: Path, made: Made, hashed: str) -> Iterator[World]:
+def world(folder: Path, made: Made, hashed: str, kind: type[World] = World) -> Iterator[World]:
     """Two sites that are peers, each with a small disk of its own and a clock that can be wrong."""
     (folder / "clocks").mkdir()
     (folder / "clocks" / "sitecustomize.py").write_text(_SITECUSTOMIZE)
-    settings = {"grace_seconds": GRACE, "patience_seconds": PATIENCE}
+    settings = {**kind.settings, "peers": {"grace_seconds": GRACE, "patience_seconds": PATIENCE}}
     with ExitStack() as stack:
         for name in "ab":
-            stack.enter_context(small_disk(folder / name / "state"))
+            stack.enter_context(small_disk(folder / name / "state", kind.state_mib))
         sites = []
         for name in "ab":
             with clock_of(folder / name):
-                sites.append(stack.enter_context(peer_site(folder / name, made, hashed, peers=settings)))
+                sites.append(stack.enter_context(peer_site(folder / name, made, hashed, **settings)))
         stack.enter_context(room_at_the_end(sites))
         ids = {}
         with peer_site(folder / "stranger", made, hashed) as other:
@@ -160,9 +178,9 @@ def world(folder: Path, made: Made, hashed: str) -> Iterator[World]:
             sites[here].peer_id = add_peer(sites[here], sites[there])
             url = {"peer": {"url": f"https://127.0.0.1:{gate.port}"}}
             sites[here].call.patch(f"/v1/peers/{sites[here].peer_id}", url)
-        made_world = World(sites, gates, ids)
+        made_world = kind(sites, gates, ids)
         made_world.publish(made)
-        made_world.observer, made_world.user = stack.enter_context(watched(folder))
+        stack.enter_context(made_world.watched())
         yield made_world
 
 
@@ -177,10 +195,10 @@ def room_at_the_end(sites: Sequence[PeerSite]) -> Iterator[None]:
 
 
 @contextmanager
-def small_disk(place: Path) -> Iterator[None]:
+def small_disk(place: Path, room_mib: int) -> Iterator[None]:
     """A folder with little room: only root can make it."""
     place.mkdir(parents=True)
-    size = f"size={_STATE_MIB}m,mode=700"
+    size = f"size={room_mib}m,mode=700"
     subprocess.run(["mount", "-t", "tmpfs", "-o", size, "cloudlet-test", place], check=True)
     try:
         yield

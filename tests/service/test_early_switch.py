@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import sqlite3
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,34 +19,12 @@ from cloudlet.hypervisor.records import read_record as read_machine
 from cloudlet.keeper.control import read_status
 from tests.cli.conftest import Hello, publish
 from tests.conftest import KEPT
+from tests.service.busy import RECIPE, TERMS, TURNS, begin, cold, turn
 from tests.service.conftest import Made
 from tests.service.two_sites import PeerSite, two_sites
 
 pytestmark = pytest.mark.qemu
 
-RECIPE = """\
-name: busy
-files: [{from: files/, to: /www/hello/}]
-run:
-  - dd if=/dev/urandom of=/run/cold bs=64k count=64 2>/dev/null
-  - ln -s /run/cold /www/cold
-  - ln -s /run/turn /www/turn
-  - |
-    mkdir -p /www/cgi-bin
-    {
-      echo '#!/bin/sh'
-      echo 'echo "Content-Type: text/plain"; echo'
-      echo '(turn=0; while true; do'
-      echo '  dd if=/dev/urandom of=/run/busy bs=64k count=16 seek=$((turn % 12 * 16)) conv=notrunc'
-      echo '  turn=$((turn + 1)); echo $turn > /run/turn.new; mv /run/turn.new /run/turn'
-      echo 'done) </dev/null >/dev/null 2>&1 &'
-    } > /www/cgi-bin/busy
-    chmod +x /www/cgi-bin/busy
-ports: [{port: 8080}]
-ready: http:8080/
-"""
-"""An app that writes to 12 MiB of its memory again and again once it is asked to, as fast as it can."""
-TERMS = {"switch": "early", "overlay": "overlay", "bandwidth_mbit": 30, "deadline_seconds": 2}
 PATIENCE = 25
 
 
@@ -79,9 +55,9 @@ class Moving:
         app = here.call.get("/v1/apps?name=busy")["apps"][0]
         self.instance = here.call.start(app)
         self.id = self.instance["id"]
-        self.cold = hashlib.sha256(get(self.instance, "/cold")).digest()
-        get(self.instance, "/cgi-bin/busy")
-        wait(lambda: turn(self.instance) > 12)
+        self.cold = cold(self.instance)
+        begin(self.instance)
+        wait(lambda: turn(self.instance) > TURNS)
         wanted = {"instance_id": self.id, "peer_id": here.peer_id, **TERMS, **terms}
         self.operation = here.call.post("/v1/handoffs", {"handoff": wanted})["operation"]
         self.handoff = self.operation["resources"]["handoff"]
@@ -105,24 +81,12 @@ class Moving:
         instance = site.call.instance(self.id)
         assert (instance["state"], instance["epoch"]) == ("active", epoch)
         before = turn(instance)
-        assert before > 12
+        assert before > TURNS
         wait(lambda: turn(instance) > before)
-        assert hashlib.sha256(get(instance, "/cold")).digest() == self.cold
+        assert cold(instance) == self.cold
 
     def delete(self, site: PeerSite) -> None:
         site.call.done(site.call.delete(f"/v1/instances/{self.id}"))
-
-
-def get(instance: dict[str, Any], path: str) -> bytes:
-    with urllib.request.urlopen(instance["endpoints"][0]["url"] + path, timeout=60) as answer:
-        return bytes(answer.read())
-
-
-def turn(instance: dict[str, Any]) -> int:
-    try:
-        return int(get(instance, "/turn") or 0)
-    except urllib.error.HTTPError:
-        return 0
 
 
 def wait(until: Callable[[], object], seconds: float = 60.0) -> None:
@@ -172,7 +136,7 @@ def test_it_goes_on_there_and_its_memory_follows(sites: tuple[PeerSite, PeerSite
     wait(lambda: there.call.instance(moving.id)["state"] == "active")
     wait(lambda: (moving.row(here)["forecast"] or {}).get("can_be_lost"))
     assert moving.row(here)["state"] == moving.row(there)["state"] == "serving"
-    assert turn(moving.instance) > 12, "the old address leads there"
+    assert turn(moving.instance) > TURNS, "the old address leads there"
     onward = {"instance_id": moving.id, "peer_id": there.peer_id}
     ended = there.call.ended(there.call.post("/v1/handoffs", {"handoff": onward})["operation"])
     assert ended["state"] == "failed", "it is not whole yet"

@@ -72,7 +72,7 @@ def test_who_watches_sees_two_that_run(made: Made, tmp_path: Path) -> None:
         assert {guest.folder for guest in guests} == {first.directory, second.directory}
         assert guests_below(tmp_path / "0") == [guest for guest in guests if guest.folder == first.directory]
         second.pause()
-        observer = Observer(tmp_path)
+        observer = Observer(tmp_path, guests_below)
         observer.look(guests)
         assert not observer.ran_twice
         second.resume()

@@ -11,11 +11,12 @@ import os
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 from urllib.error import HTTPError
 
 from cloudlet.hypervisor.fake.files import PAGE, page_of
@@ -67,33 +68,41 @@ class Guest:
             return os.pread(file.fileno(), PAGE, number * PAGE)
 
 
+Found = TypeVar("Found", bound=Guest)
+
+
 def guests_below(folder: Path) -> list[Guest]:
     """The fake machines whose folders are somewhere below a folder."""
+    return processes_below(folder, _PROGRAM, Guest)
+
+
+def processes_below(folder: Path, program: bytes, kind: Callable[[int, Path], Found]) -> list[Found]:
+    """The machines that are processes of a program, and whose folders are somewhere below a folder."""
     found = []
     for process in Path("/proc").iterdir():
         if not process.name.isdecimal():
             continue
         with suppress(OSError):
-            if _PROGRAM not in (process / "cmdline").read_bytes():
+            if program not in (process / "cmdline").read_bytes():
                 continue
             variables = (process / "environ").read_bytes().split(b"\0")
             # One that ends just now has none.
             for mark in (one.removeprefix(_MARK) for one in variables if one.startswith(_MARK)):
                 place = Path(os.fsdecode(mark))
                 if place.is_relative_to(folder):
-                    found.append(Guest(int(process.name), place))
+                    found.append(kind(int(process.name), place))
     return found
 
 
-class Observer:
+class Observer(Generic[Found]):
     """Looks at the guests below a folder, all the time; two may never run at the same moment."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, find: Callable[[Path], list[Found]]) -> None:
         self.ran_twice = False
         self.looks = 0
-        self._folder = folder
+        self._folder, self._find = folder, find
 
-    def look(self, guests: list[Guest]) -> None:
+    def look(self, guests: list[Found]) -> None:
         """Have a look, and another at those that ran: who ran before and after another, ran beside it."""
         running = [guest for guest in guests if guest.runs()]
         if len(running) > 1 and sum(guest.runs() for guest in running) > 1:
@@ -101,11 +110,26 @@ class Observer:
         self.looks += 1
 
     def run(self, ended: threading.Event) -> None:
-        scanned, guests = 0.0, list[Guest]()
+        scanned, guests = 0.0, list[Found]()
         while not ended.wait(_LOOK_SECONDS):
             if time.monotonic() - scanned > _SCAN_SECONDS:
-                guests, scanned = guests_below(self._folder), time.monotonic()
+                guests, scanned = self._find(self._folder), time.monotonic()
             self.look(guests)
+
+
+class AnyUser(Protocol):
+    """Who uses the guest, wherever it is."""
+
+    problems: list[str]
+
+    def begin(self) -> None:
+        """Begin with a new guest."""
+
+    def counts_on(self, guest: Guest) -> bool:
+        """Whether the guest counts on from where it was."""
+
+    def verify(self, guest: Guest) -> list[str]:
+        """What of all that it has to have the guest does not have."""
 
 
 class User:
@@ -196,14 +220,14 @@ def _get(port: int, target: str) -> bytes | None:
 
 
 @contextmanager
-def watched(folder: Path) -> Iterator[tuple[Observer, User]]:
-    """An observer and a user of the guests below a folder, until the context is left."""
-    observer, user, ended = Observer(folder), User(folder), threading.Event()
-    threads = [threading.Thread(target=run, args=(ended,)) for run in (observer.run, user.run)]
+def watching(*who: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Have each do what it does in a thread of its own, until the context is left."""
+    ended = threading.Event()
+    threads = [threading.Thread(target=run, args=(ended,)) for run in who]
     for thread in threads:
         thread.start()
     try:
-        yield observer, user
+        yield
         assert all(thread.is_alive() for thread in threads), "who watches has gone"
     finally:
         ended.set()

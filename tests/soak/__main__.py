@@ -39,7 +39,7 @@ from tests.conftest import KEPT, CommandLine
 from tests.images.build import TestImage, build
 from tests.soak.bridge import there_and_back
 from tests.soak.early import cut_early_starts, early_starts
-from tests.soak.handoff import fault_matrix, model
+from tests.soak.handoff import early_fault_matrix, fault_matrix, model
 from tests.soak.service import explored, killed_steps, killed_under_load, many_instances, real_instances
 
 FUZZER = Path(__file__).parents[1] / "fuzz" / "fuzz_overlay.py"
@@ -265,7 +265,7 @@ PARTS: dict[str, tuple[Callable[[Soak], None], ...]] = {
     "main": (damaged_overlays, damaged_exports, fuzzed_reader, killed_commands, interrupted_commands),
     "early": (early_starts, cut_early_starts),
     "service": (killed_steps, killed_under_load, many_instances, real_instances, explored),
-    "handoff": (fault_matrix, model, there_and_back),
+    "handoff": (fault_matrix, early_fault_matrix, model, there_and_back),
 }
 TITLES = {
     "bases": "Images of others",

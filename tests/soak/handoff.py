@@ -1,6 +1,7 @@
 """The fault matrix of the hand-off, all of it and both ways, and its model in large numbers.
 
-The matrix (``tests/service/handoff_faults.py``) is on the fake driver, with real processes; the
+The matrix (``tests/service/handoff_faults.py``) is on the fake driver, with real processes; that of the early
+switch (``tests/service/early_faults.py``) has real machines, too; the
 model (``tests/unit/control/handoff_model.py``) plans faults message by message.
 """
 
@@ -11,16 +12,19 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import requests
 
 from cloudlet.api.identity import hash_of
-from tests.service.conftest import PASSWORD, make
+from tests.cli.conftest import write_recipe
+from tests.service import busy
+from tests.service.conftest import PASSWORD, Made, make
+from tests.service.early_faults import EARLY_CELLS, EARLY_STEPS, EarlyWorld, run_early_cell
 from tests.service.handoff_faults import CELLS, FAULTS, STEPS, Fault, Step, run_cell
-from tests.service.handoff_world import Worlds
+from tests.service.handoff_world import World, Worlds
 
 if TYPE_CHECKING:
     from tests.soak.__main__ import Soak
@@ -29,8 +33,10 @@ MODEL_RUNS = 2000
 _ROOT = Path(__file__).parents[2]
 _MODEL = "tests/unit/control/test_handoff_model.py"
 
-Way = tuple[Step, Fault, int]
-"""A cell of the matrix, and which of the two sites is the source."""
+Way = tuple[Step, Fault, int | None]
+"""A cell of the matrix, and which of the two sites is the source; None: where the instance is."""
+Run = Callable[[World, Step, Fault, int, random.Random], list[str]]
+"""What plays a cell; what was not as it has to be."""
 
 
 def fault_matrix(soak: Soak) -> None:
@@ -39,21 +45,35 @@ def fault_matrix(soak: Soak) -> None:
         folder = Path(temporary)
         with Worlds(folder / "worlds", make(folder / "made"), hash_of(PASSWORD)) as worlds:
             for step in STEPS:
-                _every_fault(soak, worlds, step)
+                ways = [(one, fault, source) for one, fault in CELLS for source in (0, 1) if one is step]
+                name = f"hand-off at `{step.name}`: {len(ways) // 2} of {len(FAULTS)} faults, both ways"
+                _every_fault(soak, worlds, name, "one copy, none lost, both sites agree", ways, run_cell)
 
 
-def _every_fault(soak: Soak, worlds: Worlds, step: Step) -> None:
-    dice = soak.dice(f"handoff {step.name}")
-    ways = [(one, fault, source) for one, fault in CELLS for source in (0, 1) if one is step]
+def early_fault_matrix(soak: Soak) -> None:
+    """Each step of an early switch with each fault, from wherever the instance is; a row for each step."""
+    with tempfile.TemporaryDirectory(prefix="cloudlet-soak-early-") as temporary:
+        folder = Path(temporary)
+        overlay, recipe = folder / "busy.overlay", write_recipe(folder / "recipe", busy.RECIPE)
+        command = ["overlay", "create", soak.base_id, "--recipe", recipe, "-o", overlay, "--no-profile"]
+        assert soak.cloudlet("-q", *command).status == 0
+        made = Made(soak.settings.cache_dir, soak.settings.keys_dir, soak.base_id, overlay)
+        with Worlds(folder / "worlds", made, hash_of(PASSWORD), EarlyWorld) as worlds:
+            for step in EARLY_STEPS:
+                ways = [(one, fault, None) for one, fault in EARLY_CELLS if one is step]
+                name = f"early switch at `{step.name}`: {len(ways)} of {len(FAULTS)} faults"
+                expected = "one copy, lost only where the protocol says so, both sites agree"
+                _every_fault(soak, worlds, name, expected, ways, run_early_cell)
+
+
+def _every_fault(soak: Soak, worlds: Worlds, name: str, expected: str, ways: list[Way], run: Run) -> None:
+    dice = soak.dice(f"handoff {name}")
     dice.shuffle(ways)
 
     def tries(count: int) -> Iterator[str]:
-        yield from _in_turn(worlds, ways[:count], dice)
+        yield from _in_turn(worlds, ways[:count], dice, run)
 
-    soak.row(
-        f"hand-off at `{step.name}`: {len(ways) // 2} of {len(FAULTS)} faults, both ways",
-        "one copy, none lost, both sites agree", len(ways), tries,
-    )  # fmt: skip
+    soak.row(name, expected, len(ways), tries)
 
 
 def model(soak: Soak) -> None:
@@ -72,15 +92,17 @@ def model(soak: Soak) -> None:
     soak.row("hand-offs of the model, up to three faults in each", "one copy, none lost", MODEL_RUNS, tries)
 
 
-def _in_turn(worlds: Worlds, ways: list[Way], dice: random.Random) -> Iterator[str]:
+def _in_turn(worlds: Worlds, ways: list[Way], dice: random.Random, run: Run) -> Iterator[str]:
     """Play cells; of those that are left the next is one from where the instance is, if there is any."""
     left = list(ways)
     while left:
-        step, fault, source = next((way for way in left if way[2] == worlds.at()), left[0])
-        left.remove((step, fault, source))
+        chosen = next((way for way in left if way[2] in (None, worlds.at())), left[0])
+        left.remove(chosen)
+        step, fault, which = chosen
+        source = which if which is not None else worlds.at() or 0
         name = f"{fault.name} at {step.name}, from site {'ab'[source]}"
         try:
-            problems = run_cell(worlds.get(), step, fault, source, dice)
+            problems = run(worlds.get(), step, fault, source, dice)
         except (AssertionError, OSError, requests.RequestException) as error:
             problems = [repr(error)]
         yield from (f"{name}: {problem}" for problem in problems)

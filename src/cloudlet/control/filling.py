@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cloudlet.control.arrival import Arrival
 from cloudlet.control.courier import PeerState, answered
-from cloudlet.control.handoff import Arrival
 from cloudlet.control.ownership import Ownership, OwnershipFile
 from cloudlet.errors import CloudletError, ConflictError
 from cloudlet.hypervisor.driver import ReceivingEarly

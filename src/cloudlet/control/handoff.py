@@ -3,7 +3,8 @@
 At the source a :class:`Departure` sends, round by round and while the machine runs, what the target cannot
 rebuild from what it holds. When what is left fits the pause that was asked for, the machine stands still, the
 last round is exact, both ends prove that they have the same, and the source gives the machine away. At the
-target an :class:`Arrival` loads what comes into a paused machine, and lets it run when it is its own.
+target an :class:`~cloudlet.control.arrival.Arrival` loads what comes into a paused machine, and lets it run
+when it is its own.
 
 Who may run it is written down at each end before anything follows (:mod:`~cloudlet.control.ownership`); the
 protocol, and what each end does when the other is silent, is ``docs/formats/handoff.md``.
@@ -12,44 +13,29 @@ protocol, and what each end does when the other is silent, is ``docs/formats/han
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from io import BytesIO
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from cloudlet.control.courier import Courier, Peer, PeerState, answered
-from cloudlet.control.ownership import Ownership, OwnershipFile
-from cloudlet.control.pace import GUESSED_RATE, Forecast, Pace, Round, Terms
+from cloudlet.control.courier import Peer, PeerState, answered
+from cloudlet.control.ownership import DOUBT_SECONDS, Ownership, OwnershipFile
+from cloudlet.control.pace import GUESSED_RATE, Forecast, Pace, Terms
+from cloudlet.control.sending import Parcel, Sender, sending
 from cloudlet.control.serving import Serving
 from cloudlet.errors import CloudletError, ConflictError, FailedError, UnreachableError, of_the_system
-from cloudlet.hypervisor.driver import Instance, Receiving, Rounds, RunState
 from cloudlet.model import PAGE_BYTES
-from cloudlet.overlay.index import Lookup
-from cloudlet.overlay.known import KnownPages
-from cloudlet.overlay.limits import FRAME_PAGES
-from cloudlet.overlay.pages import Numbers, Rows, Space
-from cloudlet.overlay.records import Record, RecordKind, read_record
-from cloudlet.overlay.rounds import Ended, Left, RoundReader, RoundWriter, pack
 
 _HAS_RUN = (Ownership.RUNNING, Ownership.FILLING, Ownership.LOST)
 """The target was told that it may run the machine, though here that is forgotten."""
 _STANDING_SECONDS = 10.0
 """So long the machine stands still for a peer that does not answer, before it goes on here."""
-DOUBT_SECONDS = 10.0
-"""So long a side waits for the other's word before it says that it is in doubt."""
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
-_FIRST_ASK, _LOOK_SECONDS = 2.0, 0.25
+_LOOK_SECONDS = 0.25
 _UNWRITTEN_SECONDS = 0.5
 """Between two attempts to write down what is decided, where the disk is full."""
-_TURN_SECONDS = 30.0
-"""How long records wait for those before them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +50,6 @@ class Progress:
     """Whether it waits for the peer's word, or an operator's, with the machine standing still."""
     error: str = ""
     """Why it waits for an operator."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parcel:
-    """What is to be handed off, and what both ends hold already."""
-
-    instance: Instance
-    known: KnownPages
-    index: Lookup
-    seed: int
-    with_layer: bool
-    """Whether the target lacks the layer on which the machine stands here."""
-    besides: Mapping[Space, Numbers] = field(default_factory=dict)
-    """Pages that the target holds otherwise than what the machine stands on here: they may differ, though the
-    machine has never written them."""
 
 
 @dataclass(slots=True)
@@ -168,7 +139,7 @@ class Departure:
         """
         assert self._parcel
         try:
-            with self._sending(self._parcel) as sender:
+            with sending(self._parcel, self._peer, self._terms, self._pace, self._stopped) as sender:
                 if self._copy(sender):
                     self._switch_early(sender)
                 else:
@@ -345,26 +316,7 @@ class Departure:
         self._woken.wait(seconds)
         self._woken.clear()
 
-    @contextmanager
-    def _sending(self, parcel: Parcel) -> Iterator[_Sender]:
-        terms = self._terms
-        rounds = parcel.instance.rounds(with_layer=parcel.with_layer)
-        try:
-            with (
-                ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="pack") as workers,
-                Courier(
-                    self._peer,
-                    self._stopped,
-                    patience=terms.patience_seconds,
-                    limit=terms.bytes_per_second,
-                ) as courier,
-            ):
-                writer = RoundWriter(parcel.known, parcel.index, parcel.seed, leaves=terms.early)
-                yield _Sender(rounds, writer, courier, workers, self._pace, parcel.besides)
-        finally:
-            rounds.close()
-
-    def _copy(self, sender: _Sender) -> bool:
+    def _copy(self, sender: Sender) -> bool:
         """Send rounds while the machine runs, until what is left fits or there is no more time.
 
         The answer is whether what is left is to be sent after the switch.
@@ -388,7 +340,7 @@ class Departure:
                 self.statistics.forecast_pause_seconds = at_last.pause_seconds
                 return early
 
-    def _switch(self, sender: _Sender) -> None:
+    def _switch(self, sender: Sender) -> None:
         """The machine stands still, the rest goes over, both ends have the same: then it is given away."""
         assert self._parcel
         instance = self._parcel.instance
@@ -398,7 +350,7 @@ class Departure:
         sender.end(device_state, full)
         self._give_away(sender.courier.flush(), sender)
 
-    def _switch_early(self, sender: _Sender) -> None:
+    def _switch_early(self, sender: Sender) -> None:
         """The machine stands still, and is given away before its memory has gone over, which follows."""
         device_state = self._stop(sender, early=True)
         left = sender.leave()
@@ -422,7 +374,7 @@ class Departure:
                 self._stopped.set()
                 self.statistics.bytes = sender.courier.sent
 
-    def _stop(self, sender: _Sender, *, early: bool = False) -> bytes:
+    def _stop(self, sender: Sender, *, early: bool = False) -> bytes:
         """The machine stands still; its device state."""
         assert self._parcel
         self._ownership.become(Ownership.SWITCHING, early=early)
@@ -444,7 +396,7 @@ class Departure:
             if self._stopped.is_set():
                 raise FailedError("the hand-off was cancelled")
 
-    def _give_away(self, answer: PeerState, sender: _Sender) -> None:
+    def _give_away(self, answer: PeerState, sender: Sender) -> None:
         """The target has loaded it: it is the target's."""
         self.statistics.bytes = sender.courier.sent
         self.statistics.seconds = round(self._pace.elapsed, 3)
@@ -519,300 +471,8 @@ class Departure:
         self._told(Progress(self.state, statistics.rounds, statistics.bytes, forecast, in_doubt, error))
 
 
-@dataclass(slots=True)
-class _Sender:
-    """What rounds are made with."""
-
-    rounds: Rounds
-    writer: RoundWriter
-    courier: Courier
-    workers: ThreadPoolExecutor
-    pace: Pace
-    besides: Mapping[Space, Numbers]
-    number: int = 0
-    looked: int = 0
-
-    def round(self) -> Round:
-        """Look at all pages that may have changed and have sent those that have; the disk first."""
-        self.number += 1
-        began, looked, changed = time.monotonic(), 0, 0
-        for space, numbers, rows in self._pages():
-            looked += numbers.size
-            changed += self.writer.look(space, numbers, rows)
-            self._put_payloads()
-        ended = self.writer.end_round(self.number)
-        self._put_payloads()
-        for record in ended:
-            self._put_record(record.encode())
-        self.looked = looked
-        return Round(self.number, looked, changed, seconds=time.monotonic() - began)
-
-    def count(self) -> tuple[int, int]:
-        """How many pages may have changed since the last round, and how many have; nothing is sent."""
-        looked = changed = 0
-        for space, numbers, rows in self._pages():
-            looked += numbers.size
-            changed += self.writer.count(space, numbers, rows)
-        return looked, changed
-
-    def leave(self) -> Left:
-        """The last round of an early switch: the disk's blocks, and of RAM only which pages come later."""
-        self.number += 1
-        parts, self.looked = [], 0
-        for space, numbers, rows in self._pages():
-            self.looked += numbers.size
-            if space is Space.RAM:
-                parts.append(self.writer.leave(numbers, rows))
-            else:
-                self.writer.look(space, numbers, rows)
-                self._put_payloads()
-        left = Left.of(parts)
-        ended = self.writer.end_round(self.number)
-        self._put_payloads()
-        if left.numbers.size:
-            ended.append(self.writer.missing_record(left))
-        for record in ended:
-            self._put_record(record.encode())
-        return left
-
-    def bring(self, numbers: Numbers) -> None:
-        """Have pages sent that were left."""
-        rows: Rows = np.empty((numbers.size, PAGE_BYTES), np.uint8)
-        self.rounds.read(Space.RAM, numbers, rows)
-        self.writer.bring(numbers, rows)
-        self._put_payloads()
-
-    def end(self, device_state: bytes, full: bytes) -> None:
-        for record in self.writer.device_records(device_state):
-            self._put_record(record.encode())
-        self.put_end(device_state, full)
-
-    def put_end(self, device_state: bytes, full: bytes = bytes(32)) -> None:
-        self._put_record(self.writer.end_record(device_state, full).encode())
-
-    def _pages(self) -> Iterator[tuple[Space, Numbers, Rows]]:
-        room: Rows = np.empty((FRAME_PAGES, PAGE_BYTES), np.uint8)
-        for space in (Space.DISK, Space.RAM):
-            held = self.rounds.held(space)
-            if self.number < 2 and space in self.besides:
-                held = np.union1d(held, self.besides[space]).astype(np.uint32)
-            for at in range(0, held.size, FRAME_PAGES):
-                numbers = held[at : at + FRAME_PAGES]
-                rows = room[: numbers.size]
-                self.rounds.read(space, numbers, rows)
-                yield space, numbers, rows
-
-    def _put_payloads(self) -> None:
-        courier = self.courier
-        for payload in self.writer.payloads():
-            self.pace.adjust(courier.held, courier.rate())
-            level = self.pace.level
-            size = payload.literals.nbytes + payload.numbers.nbytes
-            courier.put(self.workers.submit(pack, payload, level), size)
-
-    def _put_record(self, record: bytes) -> None:
-        packed: Future[bytes] = Future()
-        packed.set_result(record)
-        self.courier.put(packed, len(record))
-
-
-class Arrival:
-    """The target's end of one hand-off."""
-
-    def __init__(
-        self,
-        ownership: OwnershipFile,
-        receiving: Receiving,
-        reader: RoundReader,
-        told: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.count = 0
-        """Records that have been loaded."""
-        self.in_doubt = False
-        """Whether it is complete, and the source does not say whose it is."""
-        self._ownership = ownership
-        self._receiving = receiving
-        self._reader = reader
-        self._told = told
-        self._changed = threading.Condition()
-        self._loading = threading.Lock()
-        self._goes = False
-        """Whether its machine was told to run, or to stay as its user wants it."""
-
-    @property
-    def state(self) -> Ownership:
-        return self._ownership.state
-
-    @property
-    def reason(self) -> str:
-        return self._ownership.record.reason
-
-    @property
-    def takes_records(self) -> bool:
-        """Whether more of it may come."""
-        return self.state is Ownership.RECEIVING
-
-    def is_of(self, handoff: str) -> bool:
-        """Whether it is of the hand-off with this id."""
-        return self._ownership.record.handoff == handoff
-
-    def records(self, first: int, body: bytes) -> None:
-        """Load whole records, of which the first has the number ``first``; those known are passed over.
-
-        :raises ConflictError: those before them do not come.
-        :raises IntegrityError: they are damaged, or what they make is not what the source has.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self.count >= first or not self.takes_records, _TURN_SECONDS)
-        with self._loading:
-            if not self.takes_records:
-                return
-            if self.count < first:
-                raise ConflictError(f"records {self.count} to {first - 1} have not come")
-            stream, number = BytesIO(body), first
-            while (record := read_record(stream, number)) is not None:
-                if number >= self.count:
-                    self._take(record)
-                    with self._changed:
-                        self.count += 1
-                        self._changed.notify_all()
-                number += 1
-        self._told()
-
-    def commit(self, epoch: int) -> None:
-        """The machine is this site's, and runs.
-
-        :raises ConflictError: it is not complete, or it is of another epoch.
-        """
-        with self._loading:
-            record = self._ownership.record
-            if self.state in (Ownership.RUNNING, Ownership.DROPPED):
-                return
-            if epoch != record.epoch or self.state is not Ownership.LOADED:
-                raise ConflictError(f"the machine is {self.state}, of epoch {record.epoch}")
-            instance = self._receiving.instance
-            if instance.state() is not RunState.PAUSED:
-                self._drop("its machine ended")
-                return
-            self._ownership.become(Ownership.RUNNING)
-            self._try_to_go_on()
-        with self._changed:
-            self._changed.notify_all()
-        self._told()
-
-    def settle(self, source: Callable[[], PeerState], patience: float) -> Ownership:
-        """Wait until it is decided who runs the machine, and ask the source when it is silent.
-
-        :param source: the source's state of the hand-off.
-        :param patience: seconds without a record until the copy is given up; the source runs its own then.
-        """
-        heard, count, wait = time.monotonic(), self.count, _FIRST_ASK
-        while self.state in (Ownership.RECEIVING, Ownership.LOADED):
-            before = self.state
-            with self._changed:
-                self._changed.wait(_LOOK_SECONDS)
-            if self._receiving.instance.wait(0):
-                self._drop_unless_running("its machine ended")
-            elif self.count != count or self.state is not before:
-                heard, count, wait = time.monotonic(), self.count, _FIRST_ASK
-            elif self.state is Ownership.RECEIVING and time.monotonic() - heard > patience:
-                self._drop_unless_running(f"nothing came from the source for {patience:.0f} s")
-            elif self.state is Ownership.LOADED and time.monotonic() - heard > wait:
-                wait += min(wait, _LONGEST_WAIT)
-                with suppress(OSError):  # it cannot be written down: it is asked again
-                    self._ask(source)
-                if self.state is Ownership.LOADED and time.monotonic() - heard > DOUBT_SECONDS:
-                    self.in_doubt = True
-                    self._told()
-        self._see_to_it()
-        return self.state
-
-    def _see_to_it(self) -> None:
-        """Have a machine go on that is this site's, if that could not be done at once."""
-        while self.state is Ownership.RUNNING and not (self._goes or self._receiving.instance.wait(0)):
-            self._try_to_go_on()
-            time.sleep(_FIRST_WAIT)
-
-    def _try_to_go_on(self) -> None:
-        """Have the machine run, unless its user had paused it; nothing happens if it does, or cannot now."""
-        instance = self._receiving.instance
-        with suppress(CloudletError, OSError):
-            if self._goes:
-                return
-            if not self._ownership.record.paused:
-                instance.resume()
-            # Who has come already is let in now: a guest that does not run yet would not hear them.
-            instance.hold_connections(False)
-            self._goes = True
-            # Beside: a QEMU that waits for pages answers when they have come.
-            threading.Thread(target=self._announce, name="announce", daemon=True).start()
-
-    def _announce(self) -> None:
-        with suppress(CloudletError, OSError):  # who has its address finds it later
-            self._receiving.instance.announce()
-
-    def take(self) -> None:
-        """An operator's word, while the source is silent: the machine runs here, though it may run there too.
-
-        :raises ConflictError: it is not complete.
-        """
-        self.commit(self._ownership.record.epoch)
-
-    def drop(self, reason: str) -> None:
-        """Give up the copy, which never ran.
-
-        :raises ConflictError: it runs.
-        """
-        with self._loading:
-            if self.state in (Ownership.RUNNING, Ownership.FILLING):
-                raise ConflictError("the instance runs here")
-            self._drop(reason)
-        with self._changed:
-            self._changed.notify_all()
-        self._told()
-
-    def _ask(self, source: Callable[[], PeerState]) -> None:
-        answer = answered(source)
-        if answer and answer.state in (Ownership.COMMITTED, Ownership.COMPLETED):
-            self.commit(self._ownership.record.epoch)
-        elif answer and answer.state == Ownership.REVERTED:
-            self._drop_unless_running(f"the source kept it: {answer.reason}")
-
-    def _drop_unless_running(self, reason: str) -> None:
-        with suppress(ConflictError, OSError):
-            self.drop(reason)
-
-    def _drop(self, reason: str) -> None:
-        self._ownership.become(Ownership.DROPPED, reason=reason)
-
-    def _take(self, record: Record) -> None:
-        if record.kind is not RecordKind.END:
-            self._reader.take(record)
-            return
-        try:
-            ended = self._reader.take(record)
-            assert ended
-            self._end(ended)
-        except CloudletError as error:
-            # To send it again would change nothing.
-            self._drop(error.message)
-            raise
-
-    def _end(self, ended: Ended) -> None:
-        """All has come."""
-        self._receiving.load(ended.device_state)
-        if any(ended.full) and self._receiving.instance.digest() != ended.full:
-            raise FailedError("the whole memory or disk differs from the source's")
-        self._ownership.become(Ownership.LOADED)
-
-
 def _reason_of(error: BaseException) -> str:
     """Why a hand-off came to nothing, for who reads of it."""
     if isinstance(error, OSError):
         error = of_the_system(error)
     return error.message if isinstance(error, CloudletError) else f"a defect: {error!r}"
-
-
-def answer_of(arrival: Arrival, told: dict[str, Any]) -> PeerState:
-    """What the target says of an arrival."""
-    return PeerState(arrival.state, arrival.count, told=told, reason=arrival.reason)

@@ -19,6 +19,8 @@ from typing import Any, Self
 from cloudlet.errors import ConflictError, CorruptError
 
 RECORD = "handoff.json"
+DOUBT_SECONDS = 10.0
+"""So long an end waits for the other's word before it says that it is in doubt."""
 
 
 class Ownership(StrEnum):

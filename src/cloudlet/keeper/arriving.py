@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cloudlet.control import identity
+from cloudlet.control.arrival import Arrival
 from cloudlet.control.filling import EarlyArrival, WantedPages
-from cloudlet.control.handoff import Arrival
 from cloudlet.control.ownership import Ownership, OwnershipFile, Record
 from cloudlet.control.site import Site
 from cloudlet.control.start import Choice, Start

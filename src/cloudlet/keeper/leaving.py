@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cloudlet.control.handoff import Departure, Parcel, Progress
+from cloudlet.control.handoff import Departure, Progress
 from cloudlet.control.imaging import make_image
 from cloudlet.control.ownership import Ownership, OwnershipFile, Record
 from cloudlet.control.pace import Terms
+from cloudlet.control.sending import Parcel
 from cloudlet.control.site import Site
 from cloudlet.control.synthesis import Synthesised
 from cloudlet.errors import CloudletError, ConflictError, NotFoundError

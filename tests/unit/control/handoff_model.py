@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cloudlet.control.arrival import Arrival
 from cloudlet.control.courier import PeerState
-from cloudlet.control.handoff import Arrival, Departure, Parcel
+from cloudlet.control.handoff import Departure
 from cloudlet.control.ownership import Ownership, OwnershipFile, Record, read_record
 from cloudlet.control.pace import Terms
+from cloudlet.control.sending import Parcel
 from cloudlet.errors import CloudletError, FailedError, NotFoundError, UnreachableError
 from cloudlet.hypervisor.driver import BaseImage, Hypervisor, Instance, Receiving, RunState
 from cloudlet.hypervisor.fake.driver import FakeHypervisor

@@ -1,0 +1,155 @@
+"""What the source of a hand-off sends: rounds, and what is left after an early switch."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cloudlet.control.courier import Courier, Peer
+from cloudlet.control.pace import Pace, Round, Terms
+from cloudlet.hypervisor.driver import Instance, Rounds
+from cloudlet.model import PAGE_BYTES
+from cloudlet.overlay.index import Lookup
+from cloudlet.overlay.known import KnownPages
+from cloudlet.overlay.limits import FRAME_PAGES
+from cloudlet.overlay.pages import Numbers, Rows, Space
+from cloudlet.overlay.rounds import Left, RoundWriter, pack
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """What is to be handed off, and what both ends hold already."""
+
+    instance: Instance
+    known: KnownPages
+    index: Lookup
+    seed: int
+    with_layer: bool
+    """Whether the target lacks the layer on which the machine stands here."""
+    besides: Mapping[Space, Numbers] = field(default_factory=dict)
+    """Pages that the target holds otherwise than what the machine stands on here: they may differ, though the
+    machine has never written them."""
+
+
+@contextmanager
+def sending(
+    parcel: Parcel, peer: Peer, terms: Terms, pace: Pace, stopped: threading.Event
+) -> Iterator[Sender]:
+    """What rounds of a machine are made with, until the context is left.
+
+    :param stopped: set when nothing more is to be sent.
+    """
+    rounds = parcel.instance.rounds(with_layer=parcel.with_layer)
+    try:
+        with (
+            ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="pack") as workers,
+            Courier(peer, stopped, patience=terms.patience_seconds, limit=terms.bytes_per_second) as courier,
+        ):
+            writer = RoundWriter(parcel.known, parcel.index, parcel.seed, leaves=terms.early)
+            yield Sender(rounds, writer, courier, workers, pace, parcel.besides)
+    finally:
+        rounds.close()
+
+
+@dataclass(slots=True)
+class Sender:
+    """What rounds are made with."""
+
+    rounds: Rounds
+    writer: RoundWriter
+    courier: Courier
+    workers: ThreadPoolExecutor
+    pace: Pace
+    besides: Mapping[Space, Numbers]
+    number: int = 0
+    looked: int = 0
+
+    def round(self) -> Round:
+        """Look at all pages that may have changed and have sent those that have; the disk first."""
+        self.number += 1
+        began, looked, changed = time.monotonic(), 0, 0
+        for space, numbers, rows in self._pages():
+            looked += numbers.size
+            changed += self.writer.look(space, numbers, rows)
+            self._put_payloads()
+        ended = self.writer.end_round(self.number)
+        self._put_payloads()
+        for record in ended:
+            self._put_record(record.encode())
+        self.looked = looked
+        return Round(self.number, looked, changed, seconds=time.monotonic() - began)
+
+    def count(self) -> tuple[int, int]:
+        """How many pages may have changed since the last round, and how many have; nothing is sent."""
+        looked = changed = 0
+        for space, numbers, rows in self._pages():
+            looked += numbers.size
+            changed += self.writer.count(space, numbers, rows)
+        return looked, changed
+
+    def leave(self) -> Left:
+        """The last round of an early switch: the disk's blocks, and of RAM only which pages come later."""
+        self.number += 1
+        parts, self.looked = [], 0
+        for space, numbers, rows in self._pages():
+            self.looked += numbers.size
+            if space is Space.RAM:
+                parts.append(self.writer.leave(numbers, rows))
+            else:
+                self.writer.look(space, numbers, rows)
+                self._put_payloads()
+        left = Left.of(parts)
+        ended = self.writer.end_round(self.number)
+        self._put_payloads()
+        if left.numbers.size:
+            ended.append(self.writer.missing_record(left))
+        for record in ended:
+            self._put_record(record.encode())
+        return left
+
+    def bring(self, numbers: Numbers) -> None:
+        """Have pages sent that were left."""
+        rows: Rows = np.empty((numbers.size, PAGE_BYTES), np.uint8)
+        self.rounds.read(Space.RAM, numbers, rows)
+        self.writer.bring(numbers, rows)
+        self._put_payloads()
+
+    def end(self, device_state: bytes, full: bytes) -> None:
+        for record in self.writer.device_records(device_state):
+            self._put_record(record.encode())
+        self.put_end(device_state, full)
+
+    def put_end(self, device_state: bytes, full: bytes = bytes(32)) -> None:
+        self._put_record(self.writer.end_record(device_state, full).encode())
+
+    def _pages(self) -> Iterator[tuple[Space, Numbers, Rows]]:
+        room: Rows = np.empty((FRAME_PAGES, PAGE_BYTES), np.uint8)
+        for space in (Space.DISK, Space.RAM):
+            held = self.rounds.held(space)
+            if self.number < 2 and space in self.besides:
+                held = np.union1d(held, self.besides[space]).astype(np.uint32)
+            for at in range(0, held.size, FRAME_PAGES):
+                numbers = held[at : at + FRAME_PAGES]
+                rows = room[: numbers.size]
+                self.rounds.read(space, numbers, rows)
+                yield space, numbers, rows
+
+    def _put_payloads(self) -> None:
+        courier = self.courier
+        for payload in self.writer.payloads():
+            self.pace.adjust(courier.held, courier.rate())
+            level = self.pace.level
+            size = payload.literals.nbytes + payload.numbers.nbytes
+            courier.put(self.workers.submit(pack, payload, level), size)
+
+    def _put_record(self, record: bytes) -> None:
+        packed: Future[bytes] = Future()
+        packed.set_result(record)
+        self.courier.put(packed, len(record))

@@ -24,7 +24,7 @@ _BATCH_SECONDS = 0.1
 _LINGER_SECONDS = 0.001
 """So long a batch waits for one more record: the last of a round come one right behind the other."""
 _SMALLEST_BATCH, _LARGEST_BATCH = 64 << 10, 1 << 20
-WAITING_BYTES = 6 << 20
+WAITING_BYTES = 4 << 20
 _TAKES = ("receiving", "loaded", "filling")
 """What a peer is that may take more records."""
 _HAS_ALL = "running"

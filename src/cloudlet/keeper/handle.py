@@ -35,6 +35,14 @@ _START_SECONDS = 20.0
 """Longest time until a new keeper can be talked to."""
 _END_SECONDS = 30.0
 _LOOK_SECONDS = 0.01
+_ENVIRONMENT = {
+    # One thread, or a fork would not be safe.
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    # An arena for each thread would keep what each has freed: 8 MiB more in a hand-off (measured).
+    "MALLOC_ARENA_MAX": "2",
+}
+"""Of the nursery and all keepers."""
 
 Told = Callable[[str, Status | None, folders.Generation | None], None]
 """Told, from the watching thread, of an instance's id, its new status, and which of its keepers says so; once
@@ -223,8 +231,7 @@ class Keepers:
                      json.dumps(settings_to_json(self._settings))],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
-                    # One thread, or a fork would not be safe.
-                    env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                    env={**os.environ, **_ENVIRONMENT},
                 )  # fmt: skip
             self._nursery = process, Line(ours)
         return self._nursery[1]

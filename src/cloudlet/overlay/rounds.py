@@ -75,8 +75,8 @@ class RoundWriter:
         :param index: where content is found in it.
         :param seed: the hand-off's.
         :param spans: whether content is looked for at other places within pages. Measured on a Python app's
-            140 MiB: 1.0 ms of CPU more per MiB, to 2.7, and 64 MiB of memory for 0.8 % fewer bytes; 12 %
-            fewer where it holds files that it has read in its own buffers.
+            140 MiB: 1.0 ms of CPU more per MiB, to 2.7, and 64 MiB of memory for 0.8 % fewer bytes; 12 to
+            47 % fewer where it holds files that it has read in its own buffers.
         :param window: how far back a page may refer, in literals; a record's pages at least, 16,384 at most
             and if not given.
         :param leaves: whether pages may be left for later (:meth:`leave`).

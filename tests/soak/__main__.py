@@ -265,7 +265,10 @@ PARTS: dict[str, tuple[Callable[[Soak], None], ...]] = {
     "main": (damaged_overlays, damaged_exports, fuzzed_reader, killed_commands, interrupted_commands),
     "early": (early_starts, cut_early_starts),
     "service": (killed_steps, killed_under_load, many_instances, real_instances, explored),
-    "handoff": (fault_matrix, early_fault_matrix, model, there_and_back),
+    "handoff": (fault_matrix,),
+    "switch": (early_fault_matrix,),
+    "model": (model,),
+    "bridge": (there_and_back,),
 }
 TITLES = {
     "bases": "Images of others",
@@ -273,6 +276,9 @@ TITLES = {
     "early": "Early starts in large numbers",
     "service": "A site that serves, in large numbers",
     "handoff": "Hand-offs with everything that fails",
+    "switch": "Early switches with everything that fails",
+    "model": "Hand-offs of the model",
+    "bridge": "Hand-offs there and back",
 }
 
 

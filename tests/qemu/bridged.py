@@ -36,9 +36,9 @@ from cloudlet.control.site import Site
 from cloudlet.hypervisor.qemu.instance import DISK
 from cloudlet.hypervisor.records import records
 from tests.qemu import guest
-from tests.service.conftest import Caller, Made
+from tests.service.conftest import Caller, Made, end_machines
 from tests.service.served import Served, serve_command, settings_file
-from tests.service.two_sites import PeerSite, add_peer, end_machines
+from tests.service.two_sites import PeerSite, add_peer
 
 BRIDGE = "guests"
 GUEST = "10.0.2.15"

@@ -21,6 +21,7 @@ from cloudlet.control.publishing import create_overlay
 from cloudlet.control.site import Site
 from cloudlet.hypervisor.records import processes_of, records
 from cloudlet.keeper.folder import is_kept
+from cloudlet.keeper.handle import Keepers
 from cloudlet.model import MEBIBYTE
 from cloudlet.service.options import Listening, Options, read_options
 from cloudlet.service.site import ServedSite
@@ -217,14 +218,15 @@ def serving(options: Options, observe: Observer = lambda *_: None) -> Iterator[R
         site.close()
 
 
-def end_all(options: Options) -> None:
-    """End all machines of a site that is not served."""
-    site = ServedSite.open(options)
+def end_machines(settings: Settings) -> None:
+    """End all machines of a site that is not served. (One that is would start some of them again.)"""
+    keepers = Keepers(settings, lambda *_: None)
     try:
-        for folder in options.machine.keepers_dir.glob("*"):
-            site.keeping.end(folder.name)
+        for folder in settings.keepers_dir.glob("*"):
+            keepers.end(folder.name)
     finally:
-        site.close()
+        keepers.close()
+    nothing_runs(settings)
 
 
 def nothing_runs(settings: Settings) -> None:

@@ -21,7 +21,7 @@ from cloudlet.service.options import Options
 from cloudlet.service.work import operation
 from cloudlet.store import tables
 from cloudlet.store.rows import INSTANCES, OVERLAYS, FileState, InstanceState
-from tests.service.conftest import Caller, Made, Running, end_all, nothing_runs, serving
+from tests.service.conftest import Caller, Made, Running, end_machines, nothing_runs, serving
 from tests.service.test_everyday import ask, count
 
 
@@ -110,7 +110,7 @@ def test_a_restart_that_was_due_is_made_once(options: Options, made: Made) -> No
             assert call.ended(operation)["state"] == "succeeded"
         kinds = [event["kind"] for event in call.events() if event["noun"] == "operation"]
         assert kinds.count("operation.succeeded") == 2, "of the start and of the restart"
-    end_all(options)
+    end_machines(options.machine)
 
 
 def test_the_same_key_for_another_instance_is_another_request(call: Caller, made: Made) -> None:

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cloudlet.keeper.handle import Keepers
 from cloudlet.settings import Settings, load
-from tests.service.conftest import Caller, Made, nothing_runs
+from tests.service.conftest import Caller, Made, end_machines
 from tests.service.served import Served, served, settings_file
 
 _PORTS = (20_000, 32_000)
@@ -125,14 +124,3 @@ def free_port() -> int:
     while True:
         with suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(*_PORTS))) as listener:
             return int(listener.getsockname()[1])
-
-
-def end_machines(settings: Settings) -> None:
-    """End all machines of a site that is not served any more."""
-    keepers = Keepers(settings, lambda *_: None)
-    try:
-        for folder in settings.keepers_dir.glob("*"):
-            keepers.end(folder.name)
-    finally:
-        keepers.close()
-    nothing_runs(settings)

@@ -422,11 +422,15 @@ def _replay_messages(cell: Cell) -> None:
 
 
 def _earlier(cell: Cell) -> list[dict[str, Any]]:
-    """What the source has offered the target before, of the same instance."""
-    query = 'select id, epoch, "order" from handoffs where direction = ? and instance_id = ? and id != ?'
+    """What the source has offered the target before, of the same instance in an earlier epoch; the last of it."""
+    query = (
+        'select id, epoch, "order" from handoffs '
+        "where direction = 'in' and instance_id = ? and epoch < ? order by epoch desc limit 1"
+    )
+    now = cell.source.call.instance(cell.instance_id)["epoch"]
     database = sqlite3.connect(cell.target.folder / "state" / "site.sqlite", timeout=20)
     try:
-        rows = database.execute(query, ("in", cell.instance_id, cell.view.handoff)).fetchall()
+        rows = database.execute(query, (cell.instance_id, now)).fetchall()
     finally:
         database.close()
     found = []
@@ -436,7 +440,7 @@ def _earlier(cell: Cell) -> list[dict[str, Any]]:
         wanted["lease"] = {name: value for name, value in wanted["lease"].items() if value is not None}
         offer = {"seed": order["seed"], "needs": order["needs"], "instance": wanted}
         found.append({"id": handoff, "epoch": epoch, "offer": offer})
-    return found[-1:]
+    return found
 
 
 def _set_clock(end: str, seconds: int) -> Act:

@@ -422,7 +422,7 @@ def _replay_messages(cell: Cell) -> None:
 
 
 def _earlier(cell: Cell) -> list[dict[str, Any]]:
-    """What the source has offered the target before, of the same instance in an earlier epoch; the last of it."""
+    """What the source has offered the target before, of the same instance in an earlier epoch."""
     query = (
         'select id, epoch, "order" from handoffs '
         "where direction = 'in' and instance_id = ? and epoch < ? order by epoch desc limit 1"

@@ -85,6 +85,12 @@ def test_a_paused_machine_answers_when_it_runs_on(driver: Driver) -> None:
         assert instance.state() is RunState.RUNNING
         wait_ready(instance, AGENT, 30.0)
         assert get(instance, "/cgi-bin/counter") == "1\n"
+        instance.prepare_pause()
+        instance.pause()
+        runs = instance.begin_resume()
+        runs()
+        assert instance.state() is RunState.RUNNING
+        assert get(instance, "/cgi-bin/counter") == "2\n"
     finally:
         incoming.abort()
 

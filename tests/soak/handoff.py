@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from tests.soak.__main__ import Soak
 
 MODEL_RUNS = 2000
+_BATCH = 50
+"""Runs of one process; as many run side by side as there are processors."""
 _ROOT = Path(__file__).parents[2]
 _MODEL = "tests/unit/control/test_handoff_model.py"
 
@@ -80,16 +83,23 @@ def model(soak: Soak) -> None:
     """What fails is planned message by message, by hypothesis."""
 
     def tries(count: int) -> Iterator[str]:
-        seed = soak.dice("handoff model").randrange(1 << 32)
-        command = [sys.executable, "-m", "pytest", "-q", "--hypothesis-seed", str(seed), _MODEL]
-        environment = {**os.environ, "CLOUDLET_MODEL_RUNS": str(count)}
-        done = subprocess.run(
-            command, cwd=_ROOT, capture_output=True, text=True, check=False, env=environment
-        )
-        if done.returncode:
-            yield f"seed {seed}: {done.stdout[-3000:]}"
+        dice = soak.dice("handoff model")
+        batches = [min(_BATCH, count - at) for at in range(0, count, _BATCH)]
+        seeds = [dice.randrange(1 << 32) for _ in batches]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
+            yield from filter(None, workers.map(_model_runs, batches, seeds))
 
     soak.row("hand-offs of the model, up to three faults in each", "one copy, none lost", MODEL_RUNS, tries)
+
+
+def _model_runs(count: int, seed: int) -> str:
+    """So many runs of the model; what was not as it has to be."""
+    options = ["-q", "-p", "no:cacheprovider", "--timeout", "0", "--hypothesis-seed", str(seed)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, _MODEL], cwd=_ROOT, capture_output=True, text=True,
+        check=False, env={**os.environ, "CLOUDLET_MODEL_RUNS": str(count)},
+    )  # fmt: skip
+    return f"seed {seed}: {done.stdout[-3000:]}" if done.returncode else ""
 
 
 def _in_turn(worlds: Worlds, ways: list[Way], dice: random.Random, run: Run) -> Iterator[str]:

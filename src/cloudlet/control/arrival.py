@@ -14,7 +14,7 @@ from io import BytesIO
 from cloudlet.control.courier import PeerState, answered
 from cloudlet.control.ownership import DOUBT_SECONDS, Ownership, OwnershipFile
 from cloudlet.errors import CloudletError, ConflictError, FailedError
-from cloudlet.hypervisor.driver import Receiving, RunState
+from cloudlet.hypervisor.driver import Receiving
 from cloudlet.overlay.records import Record, RecordKind, read_record
 from cloudlet.overlay.rounds import Ended, RoundReader
 
@@ -45,8 +45,10 @@ class Arrival:
         self._told = told
         self._changed = threading.Condition()
         self._loading = threading.Lock()
-        self._goes = False
-        """Whether its machine was told to run, or to stay as its user wants it."""
+        self._going = threading.Lock()
+        """Held while its machine is told to run."""
+        self._goes = threading.Event()
+        """Set when its machine has been told so, or to stay as its user wants it."""
 
     @property
     def state(self) -> Ownership:
@@ -99,8 +101,7 @@ class Arrival:
                 return
             if epoch != record.epoch or self.state is not Ownership.LOADED:
                 raise ConflictError(f"the machine is {self.state}, of epoch {record.epoch}")
-            instance = self._receiving.instance
-            if instance.state() is not RunState.PAUSED:
+            if self._receiving.instance.wait(0):
                 self._drop("its machine ended")
                 return
             self._ownership.become(Ownership.RUNNING)
@@ -138,27 +139,35 @@ class Arrival:
 
     def _see_to_it(self) -> None:
         """Have a machine go on that is this site's, if that could not be done at once."""
-        while self.state is Ownership.RUNNING and not (self._goes or self._receiving.instance.wait(0)):
+        while self.state is Ownership.RUNNING and not self._receiving.instance.wait(0):
             self._try_to_go_on()
-            time.sleep(_AGAIN_SECONDS)
+            if self._goes.wait(_AGAIN_SECONDS):
+                break
 
     def _try_to_go_on(self) -> None:
         """Have the machine run, unless its user had paused it; nothing happens if it does, or cannot now."""
         instance = self._receiving.instance
-        with suppress(CloudletError, OSError):
-            if self._goes:
-                return
-            if not self._ownership.record.paused:
-                instance.resume()
+        if self._goes.is_set() or not self._going.acquire(blocking=False):
+            return
+        try:
+            done = None if self._ownership.record.paused else instance.begin_resume()
             # Who has come already is let in now: a guest that does not run yet would not hear them.
             instance.hold_connections(False)
-            self._goes = True
-            # Beside: a QEMU that waits for pages answers when they have come.
-            threading.Thread(target=self._announce, name="announce", daemon=True).start()
+            threading.Thread(target=self._go_on, args=(done,), name="go-on", daemon=True).start()
+        except (CloudletError, OSError, RuntimeError):
+            self._going.release()
 
-    def _announce(self) -> None:
-        with suppress(CloudletError, OSError):  # who has its address finds it later
-            self._receiving.instance.announce()
+    def _go_on(self, done: Callable[[], None] | None) -> None:
+        """Wait until the machine says that it runs: its QEMU does when its guest lets it."""
+        try:
+            with suppress(CloudletError, OSError):
+                if done:
+                    done()
+                self._goes.set()
+                # Who has its address finds it later, too.
+                self._receiving.instance.announce()
+        finally:
+            self._going.release()
 
     def take(self) -> None:
         """An operator's word, while the source is silent: the machine runs here, though it may run there too.

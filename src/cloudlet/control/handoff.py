@@ -321,6 +321,7 @@ class Departure:
 
         The answer is whether what is left is to be sent after the switch.
         """
+        assert self._parcel
         self._tell(self._pace.begun(*sender.count()))
         while True:
             done = sender.round()
@@ -329,6 +330,7 @@ class Departure:
             self.statistics.bytes = sender.courier.sent
             self.statistics.rounds = done.number
             sender.rounds.pass_over_layer()
+            self._parcel.instance.prepare_pause()
             counted = sender.count()
             at_last = self._pace.forecast(*counted)
             self._tell(at_last)

@@ -215,6 +215,12 @@ class Instance(Protocol):
 
     def resume(self) -> None: ...
 
+    def begin_resume(self) -> Callable[[], None]:
+        """Have it run, and do not wait until it says so: that does what is returned, as :meth:`resume`."""
+
+    def prepare_pause(self) -> None:
+        """It is to be paused in a moment, and at once then."""
+
     def open_console(self) -> socket.socket:
         """A connection with the guest's serial console; one at a time."""
 

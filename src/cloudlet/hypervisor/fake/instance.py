@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,14 @@ class FakeInstance:
 
     def resume(self) -> None:
         self.tell("run")
+
+    def begin_resume(self) -> Callable[[], None]:
+        """It says so at once."""
+        self.resume()
+        return lambda: None
+
+    def prepare_pause(self) -> None:
+        """It is always ready."""
 
     def open_console(self) -> socket.socket:
         return connect(self.directory / "console.sock", timeout=10.0)

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -138,6 +138,12 @@ class QemuInstance:
 
     def resume(self) -> None:
         self.monitor.execute("cont")
+
+    def begin_resume(self) -> Callable[[], None]:
+        return self.monitor.begin("cont")
+
+    def prepare_pause(self) -> None:
+        self.monitor.prepare()
 
     def open_console(self) -> socket.socket:
         return connect(self.directory / "console.sock", timeout=10.0)

@@ -12,7 +12,8 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +57,20 @@ class Monitor:
         wire = {name.replace("_", "-"): value for name, value in arguments.items()}
         return self._wait(self._executed(command, wire), timeout, command)
 
+    def begin(self, command: str) -> Callable[[], Any]:
+        """Have a command run, and do not wait for it: that does what is returned, as :meth:`execute`."""
+        future = self._submit(self._executed(command, {}))
+        return lambda: self._result(future, _DEADLINE, command)
+
+    def prepare(self) -> None:
+        """Have the connection ready for a call that soon comes; nobody waits for that."""
+
+        async def prepared() -> None:
+            with contextlib.suppress(QMPError, OSError, EOFError):
+                await self._connected()
+
+        self._submit(prepared())
+
     def human(self, command: str) -> str:
         """Run a command of the human monitor, where QMP has none; its printed answer."""
         return str(self.execute("human-monitor-command", command_line=command))
@@ -79,7 +94,12 @@ class Monitor:
         self._stop_loop()
 
     def _wait(self, coroutine: Coroutine[Any, Any, _T], timeout: float, what: str) -> _T:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        return self._result(self._submit(coroutine), timeout, what)
+
+    def _submit(self, coroutine: Coroutine[Any, Any, _T]) -> Future[_T]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _result(self, future: Future[_T], timeout: float, what: str) -> _T:
         try:
             return future.result(timeout)
         except ExecuteError as error:

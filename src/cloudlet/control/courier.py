@@ -113,7 +113,7 @@ class Courier:
         self._stopped = stopped
         self._changed = threading.Condition()
         self._waiting: deque[_Waiting] = deque()
-        self._bytes = 0
+        self._bytes = self._arrived = 0
         self._next = first
         self._requests = 0
         self._busy_since = 0.0
@@ -163,6 +163,12 @@ class Courier:
         with self._changed:
             self._wait(lambda: self._bytes == 0)
             return self.answer
+
+    @property
+    def share(self) -> float:
+        """How much of what was put, before it was compressed, has arrived: from 0 to 1."""
+        with self._changed:
+            return self._arrived / (self._arrived + self._bytes) if self._arrived else 0.0
 
     def rate(self) -> float | None:
         """Bytes per second that the link carries; None while that is not known."""
@@ -275,6 +281,7 @@ class Courier:
             if answer:
                 self.sent += len(batch.body)
                 self._bytes -= batch.size
+                self._arrived += batch.size
                 if answer.records >= self.answer.records or answer.state not in _TAKES:
                     self.answer = answer
             self._changed.notify_all()

@@ -18,9 +18,10 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from cloudlet.control.courier import Peer, PeerState, answered
+from cloudlet.control.courier import Courier, Peer, PeerState, answered
 from cloudlet.control.ownership import DOUBT_SECONDS, Ownership, OwnershipFile
 from cloudlet.control.pace import GUESSED_RATE, Forecast, Pace, Terms
 from cloudlet.control.sending import Parcel, Sender, sending
@@ -34,6 +35,8 @@ _STANDING_SECONDS = 10.0
 """So long the machine stands still for a peer that does not answer, before it goes on here."""
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
 _LOOK_SECONDS = 0.25
+_TELL_SECONDS = 1.0
+"""Between two words about how far the first round is."""
 _UNWRITTEN_SECONDS = 0.5
 """Between two attempts to write down what is decided, where the disk is full."""
 
@@ -119,7 +122,7 @@ class Departure:
         """Whether the machine that stays was told to go on."""
         self._asked_again = False
         """Whether the target was told more than once that it may run the machine."""
-        self._stood_at = 0.0
+        self._stood_at = self._told_at = 0.0
         self._sent_before = 0
         """Bytes that had been sent when the machine was stopped."""
 
@@ -324,12 +327,14 @@ class Departure:
         assert self._parcel
         self._tell(self._pace.begun(*sender.count()))
         while True:
-            done = sender.round()
+            before = sender.courier.sent
+            done = sender.round(partial(self._tell_within, sender.courier))
             sender.courier.flush()
-            self._pace.ended(replace(done, bytes=sender.courier.sent - self.statistics.bytes))
+            self._pace.ended(replace(done, bytes=sender.courier.sent - before))
             self.statistics.bytes = sender.courier.sent
             self.statistics.rounds = done.number
-            sender.rounds.pass_over_layer()
+            if sender.whole:
+                sender.rounds.pass_over_layer()
             self._parcel.instance.prepare_pause()
             counted = sender.count()
             at_last = self._pace.forecast(*counted)
@@ -467,6 +472,14 @@ class Departure:
             return  # the pause says nothing of the next one
         looked, sent = statistics.private_bytes // PAGE_BYTES, statistics.bytes - self._sent_before
         statistics.overhead_seconds = round(self._pace.overhead(pause, looked, sent), 4)
+
+    def _tell_within(self, courier: Courier, changed: int) -> None:
+        """Tell how far the first round is, now and then."""
+        now = time.monotonic()
+        if self.statistics.rounds or now - self._told_at < _TELL_SECONDS or not courier.sent:
+            return
+        self._told_at, self.statistics.bytes = now, courier.sent
+        self._tell(self._pace.within(round(changed * courier.share), courier.sent))
 
     def _tell(self, forecast: Forecast | None = None, *, in_doubt: bool = False, error: str = "") -> None:
         statistics = self.statistics

@@ -6,6 +6,7 @@ same peer, if there was one.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -56,7 +57,8 @@ class Terms:
     pause_seconds: float = 0.1
     """It switches as soon as what is left fits into this."""
     deadline_seconds: float = 60.0
-    """It has switched by then, however long the pause becomes."""
+    """It switches by then, however long the pause becomes; but for the first round, which is made to its end
+    unless what is left of it can go over after the switch: the pause would only become longer."""
     patience_seconds: float = 60.0
     """How long a peer may be silent while the instance runs here."""
     bytes_per_second: float = 0.0
@@ -85,6 +87,8 @@ class Round:
     bytes: int = 0
     """On the wire."""
     seconds: float = 0.0
+    whole: bool = True
+    """Whether all pages were looked at."""
 
 
 class Pace:
@@ -99,7 +103,9 @@ class Pace:
         self.rounds: list[Round] = []
         self.terms = terms
         self._began = time.monotonic()
-        self._rate = rate or GUESSED_RATE
+        self._rate = min(rate or GUESSED_RATE, terms.bytes_per_second or math.inf)
+        self._at_first = 0, 0
+        """Pages that might have changed when it began, and that had."""
         self._overhead = GUESSED_OVERHEAD if overhead is None else min(overhead, _MOST_OVERHEAD)
         self._level = 0
         self._looked_at = self._began, 0.0
@@ -154,7 +160,7 @@ class Pace:
         """Seconds of a pause that did not depend on what was looked at (pages) and sent (bytes) in it."""
         return max(0.0, pause - self._besides_overhead(looked, sent))
 
-    def _besides_overhead(self, looked: int, sent: int) -> float:
+    def _besides_overhead(self, looked: int, sent: float) -> float:
         return looked * _PER_LOOKED_PAGE + sent / self._rate
 
     def begun(self, looked: int, changed: int) -> Forecast:
@@ -162,8 +168,26 @@ class Pace:
 
         Of a guest that goes on nobody knows how much it will have changed at the end: a hundredth is assumed.
         """
+        self._at_first = looked, changed
         whole, at_last = self.forecast(looked, changed), self.forecast(looked, changed // 100)
         return replace(at_last, seconds=round(whole.seconds + at_last.seconds, 3), bytes=whole.bytes)
+
+    def within(self, changed: int, sent: int) -> Forecast:
+        """What is left in the middle of the first round.
+
+        :param changed: pages that had changed and have gone over.
+        :param sent: bytes that this took.
+        """
+        page_bytes = sent / changed if changed else self.page_bytes()
+        looked, whole = self._at_first
+        left = int(max(0, whole - changed) * page_bytes)
+        pause = self._overhead + self._besides_overhead(looked, whole / 100 * page_bytes)
+        return Forecast(round(left / self._rate + pause, 3), left, round(pause, 3))
+
+    @property
+    def is_late(self) -> bool:
+        """Whether a switch that leaves memory for later has to be now: the deadline is here."""
+        return self.terms.early and self.elapsed > self.terms.deadline_seconds
 
     def early(self, looked: int, changed: int) -> Forecast:
         """What is left, if the machine switched early now; as :meth:`forecast`."""

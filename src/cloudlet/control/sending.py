@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +23,9 @@ from cloudlet.overlay.rounds import Left, RoundWriter, pack
 
 _AT_ONCE = 128
 """Pages that are looked at together. With 512 it is not faster, and takes 6 MiB more (measured)."""
+
+
+_WAITING_BYTES_EARLY = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,8 @@ def sending(
             writer = RoundWriter(
                 parcel.known, parcel.index, parcel.seed, spans=parcel.with_layer, leaves=terms.early
             )
+            if terms.early:  # what waits goes over before the switch
+                courier.most_waiting = _WAITING_BYTES_EARLY
             yield Sender(rounds, writer, courier, workers, pace, parcel.besides)
     finally:
         rounds.close()
@@ -75,21 +80,33 @@ class Sender:
     besides: Mapping[Space, Numbers]
     number: int = 0
     looked: int = 0
+    whole: bool = False
+    """Whether all pages have been looked at, and sent if they had changed."""
 
-    def round(self) -> Round:
-        """Look at all pages that may have changed and have sent those that have; the disk first."""
+    def round(self, told: Callable[[int], None] = lambda _: None) -> Round:
+        """Look at all pages that may have changed and have sent those that have; the disk first.
+
+        Of RAM only some are, where the hand-off is late and may leave memory for later.
+
+        :param told: how many have changed so far, again and again.
+        """
         self.number += 1
-        began, looked, changed = time.monotonic(), 0, 0
+        began, looked, changed, whole = time.monotonic(), 0, 0, True
         for space, numbers, rows in self._pages():
             looked += numbers.size
             changed += self.writer.look(space, numbers, rows)
             self._put_payloads()
+            told(changed)
+            if space is Space.RAM and self.pace.is_late:
+                whole = False
+                break
+        self.whole |= whole
         ended = self.writer.end_round(self.number)
         self._put_payloads()
         for record in ended:
             self._put_record(record.encode())
         self.looked = looked
-        return Round(self.number, looked, changed, seconds=time.monotonic() - began)
+        return Round(self.number, looked, changed, seconds=time.monotonic() - began, whole=whole)
 
     def count(self) -> tuple[int, int]:
         """How many pages may have changed since the last round, and how many have; nothing is sent."""
@@ -138,7 +155,7 @@ class Sender:
         room: Rows = np.empty((_AT_ONCE, PAGE_BYTES), np.uint8)
         for space in (Space.DISK, Space.RAM):
             held = self.rounds.held(space)
-            if self.number < 2 and space in self.besides:
+            if not self.whole and space in self.besides:
                 held = np.union1d(held, self.besides[space]).astype(np.uint32)
             for at in range(0, held.size, _AT_ONCE):
                 numbers = held[at : at + _AT_ONCE]

@@ -65,6 +65,28 @@ def test_the_first_forecast_is_of_all_of_it(clock: list[float]) -> None:
     assert begun.pause_seconds < begun.seconds
 
 
+def test_a_limited_link_is_not_forecast_to_carry_more(clock: list[float]) -> None:
+    one = Pace(Terms(bytes_per_second=MEGABIT), rate=100 * MEGABIT)
+    begun = one.begun(30_000, 10_000)
+    assert begun.seconds >= begun.bytes / MEGABIT
+
+
+def test_in_the_middle_of_the_first_round_it_is_known_better(clock: list[float]) -> None:
+    one = Pace(Terms(), rate=10 * MEGABIT)
+    begun = one.begun(30_000, 10_000)
+    within = one.within(4_000, 2_000_000)
+    assert within.bytes == 6_000 * 500
+    assert within.bytes / (10 * MEGABIT) < within.seconds < begun.seconds
+    assert one.within(10_000, 5_000_000).seconds == one.within(10_000, 5_000_000).pause_seconds
+
+
+def test_only_who_may_leave_memory_for_later_is_late(clock: list[float]) -> None:
+    early, whole = Pace(Terms(deadline_seconds=5, early=True)), Pace(Terms(deadline_seconds=5))
+    assert not early.is_late
+    clock[0] += 6
+    assert (early.is_late, whole.is_late) == (True, False)
+
+
 def test_it_switches_early_when_rounds_bring_nothing(clock: list[float]) -> None:
     one = Pace(Terms(pause_seconds=0.1, deadline_seconds=600, early=True), rate=10 * MEGABIT)
     for number, size in enumerate((20_000_000, 10_000_000, 9_900_000, 9_000_000), 1):

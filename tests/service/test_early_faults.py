@@ -18,7 +18,7 @@ from tests.service.handoff_world import Worlds
 
 pytestmark = pytest.mark.qemu
 SEED = int(os.environ.get("CLOUDLET_FAULTS_SEED", "4"))
-COUNT = int(os.environ.get("CLOUDLET_EARLY_FAULTS", "2"))
+COUNT = int(os.environ.get("CLOUDLET_EARLY_FAULTS", "1"))
 
 
 def sample() -> list[tuple[Step, Fault]]:

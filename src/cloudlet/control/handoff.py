@@ -372,7 +372,10 @@ class Departure:
 
         with Serving(self._peer, sender.courier, left, sender.bring, end) as serving:
             try:
-                self._give_away(self._loaded(serving), sender)
+                answer = self._loaded(serving)
+                if not self._stands_here():  # what is missing would never come
+                    raise FailedError("its machine ended")
+                self._give_away(answer, sender)
                 sender.courier.patience, serving.hurries = math.inf, False
                 self._serving = serving
                 self.conclude()

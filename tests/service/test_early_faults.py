@@ -12,9 +12,16 @@ from tests.cli.conftest import publish
 from tests.conftest import KEPT
 from tests.service import busy
 from tests.service.conftest import Made
-from tests.service.early_faults import EARLY_CELLS, SERVING, EarlyWorld, MachineObserver, run_early_cell
+from tests.service.early_faults import (
+    EARLY_CELLS,
+    SERVING,
+    EarlyWorld,
+    MachineObserver,
+    machines_below,
+    run_early_cell,
+)
 from tests.service.handoff_faults import Fault, Step
-from tests.service.handoff_world import Worlds
+from tests.service.handoff_world import SOON, Worlds, wait_for
 
 pytestmark = pytest.mark.qemu
 SEED = int(os.environ.get("CLOUDLET_FAULTS_SEED", "4"))
@@ -57,10 +64,13 @@ def test_who_watches_sees_two_that_run(worlds: Worlds) -> None:
     observer = MachineObserver(here.folder)
     site.call.post(f"/v1/instances/{first['id']}/pause")
     for _ in range(10):
-        observer.look(here.guests())
+        observer.look(machines_below(here.folder))
     assert (observer.ran_twice, observer.looks) == (False, 10)
     site.call.post(f"/v1/instances/{first['id']}/resume")
-    for _ in range(10):
-        observer.look(here.guests())
-    assert observer.ran_twice
+
+    def seen() -> bool:
+        observer.look(machines_below(here.folder))
+        return observer.ran_twice
+
+    wait_for(seen, SOON, "two that run are not seen")
     site.call.done(site.call.delete(f"/v1/instances/{second['id']}"))

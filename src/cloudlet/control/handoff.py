@@ -325,7 +325,7 @@ class Departure:
         The answer is whether what is left is to be sent after the switch.
         """
         assert self._parcel
-        self._tell(self._pace.begun(*sender.count()))
+        self._tell(self._pace.begun(*sender.estimate()))
         while True:
             before = sender.courier.sent
             done = sender.round(partial(self._tell_within, sender.courier))

@@ -25,6 +25,9 @@ _AT_ONCE = 128
 """Pages that are looked at together. With 512 it is not faster, and takes 6 MiB more (measured)."""
 
 
+_SAMPLE_PAGES = 8192
+"""Of more pages of a space, a sample of about so many tells how many have changed."""
+_ORDER = (Space.DISK, Space.RAM)
 _WAITING_BYTES_EARLY = 1 << 20
 
 
@@ -116,6 +119,17 @@ class Sender:
             changed += self.writer.count(space, numbers, rows)
         return looked, changed
 
+    def estimate(self) -> tuple[int, int]:
+        """As :meth:`count`, but where there are many pages some stand for all of them."""
+        looked = changed = 0
+        for space in _ORDER:
+            held = self._held(space)
+            step = 1 + held.size // _SAMPLE_PAGES
+            found = sum(self.writer.count(space, *batch) for batch in self._batches(space, held, step))
+            looked += held.size
+            changed += min(held.size, step * found)
+        return looked, changed
+
     def leave(self) -> Left:
         """The last round of an early switch: the disk's blocks, and of RAM only which pages come later."""
         self.number += 1
@@ -152,16 +166,25 @@ class Sender:
         self._put_record(self.writer.end_record(device_state, full).encode())
 
     def _pages(self) -> Iterator[tuple[Space, Numbers, Rows]]:
-        room: Rows = np.empty((_AT_ONCE, PAGE_BYTES), np.uint8)
-        for space in (Space.DISK, Space.RAM):
-            held = self.rounds.held(space)
-            if not self.whole and space in self.besides:
-                held = np.union1d(held, self.besides[space]).astype(np.uint32)
-            for at in range(0, held.size, _AT_ONCE):
-                numbers = held[at : at + _AT_ONCE]
-                rows = room[: numbers.size]
-                self.rounds.read(space, numbers, rows)
+        for space in _ORDER:
+            for numbers, rows in self._batches(space, self._held(space)):
                 yield space, numbers, rows
+
+    def _held(self, space: Space) -> Numbers:
+        """The pages that may have changed."""
+        held = self.rounds.held(space)
+        if not self.whole and space in self.besides:
+            held = np.union1d(held, self.besides[space]).astype(np.uint32)
+        return held
+
+    def _batches(self, space: Space, held: Numbers, step: int = 1) -> Iterator[tuple[Numbers, Rows]]:
+        """Pages as they are now, some at a time; the rows are only lent. Of ``step`` batches one is read."""
+        room: Rows = np.empty((_AT_ONCE, PAGE_BYTES), np.uint8)
+        for at in range(0, held.size, step * _AT_ONCE):
+            numbers = held[at : at + _AT_ONCE]
+            rows = room[: numbers.size]
+            self.rounds.read(space, numbers, rows)
+            yield numbers, rows
 
     def _put_payloads(self) -> None:
         courier = self.courier

@@ -32,10 +32,14 @@ class CloudletError(Exception):
     usual_hint = ""
     """What to do where who raises knows nothing better."""
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        """An error.
+
+        :param hint: None: the usual one; empty: none, as the message says all of it.
+        """
         super().__init__(message)
         self.message = message
-        self.hint = hint or self.usual_hint
+        self.hint = self.usual_hint if hint is None else hint
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message

@@ -164,18 +164,20 @@ def test_what_finds_no_place_stays_and_runs(sites: Sites) -> None:
     found = sites.drained()
     assert (found[goes]["result"], found[goes]["peer"]) == ("handed_off", "east")
     assert (found[sleeps]["result"], found[sleeps]["state"]) == ("not_running", "suspended")
+    assert found[sleeps]["reason"] == "suspended"
     assert (found[stays]["result"], found[stays]["state"], found[stays]["peer_id"]) == (
         "stays",
         "active",
         None,
     )
-    assert "west: " in found[stays]["reason"]
-    assert "east: the peer says: the overlay" in found[stays]["reason"]
+    assert "west refuses: " in found[stays]["reason"]
+    assert "east refuses: the overlay" in found[stays]["reason"]
     answers(sites.call.instance(stays))
     answers(sites.east.call.instance(goes))
     assert sites.call.instance(sleeps)["state"] == "suspended"
     again = sites.drained()
     assert (again[goes]["result"], again[goes]["state"]) == ("not_running", "moved")
+    assert again[goes]["reason"] == "moved to east"
     assert again[stays]["result"] == "stays"
 
 
@@ -241,7 +243,10 @@ def test_one_that_is_blocked_and_only_one_that_is_named(sites: Sites) -> None:
     (one,) = sites.start("a")
     sites.call.patch(f"/v1/peers/{sites.east_id}", {"peer": {"state": "blocked"}})
     found = sites.drained(peers=[sites.east_id])
-    assert (found[one]["result"], found[one]["reason"]) == ("stays", "the site has no peers")
+    assert (found[one]["result"], found[one]["reason"]) == (
+        "stays",
+        "its peers are blocked: east (cloudlet peer set east --trust)",
+    )
     sites.call.patch(f"/v1/peers/{sites.east_id}", {"peer": {"state": "trusted"}})
     found = sites.drained(peers=[sites.east_id])
     assert (found[one]["result"], found[one]["peer"]) == ("handed_off", "east")
@@ -386,6 +391,13 @@ def test_an_operator_at_the_command_line(sites: Sites, monkeypatch: pytest.Monke
         (line,) = (line for line in done.out.splitlines() if f" {name} " in line)
         assert "handed_off" in line
         assert "west" in line
+    empty = users("root", "drain", "-f", "json")
+    assert (empty.status, empty.err.splitlines()[-1]) == (0, "nothing runs here")
+    assert {row["id"]: (row["result"], row["reason"][:5]) for row in json.loads(empty.out)} == dict.fromkeys(
+        ids, ("not_running", "moved")
+    )
+    refused = users("paula", "drain", "--to", "west")
+    assert "paula may not list peers (" in refused.err
     begun = users.json("root", "--quiet", "drain", "--no-wait")
     assert [row["kind"] for row in begun] == ["cloudlet.drain"]
     assert users("root", "operation", "show", begun[0]["id"], "--wait").status == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shutil
 import time
 import urllib.request
 import uuid
@@ -99,12 +100,22 @@ def test_while_it_moves_nothing_else_is_done_with_it(sites: Sites, instance: dic
     wait_state(here, operation, "copying")
     assert here.call.instance(instance["id"])["state"] == "moving"
     path = f"/v1/instances/{instance['id']}"
-    for method, where in (("POST", f"{path}/pause"), ("POST", f"{path}/suspend"), ("DELETE", path)):
-        answer = here.call(method, where)
+    id_ = operation["resources"]["handoff"]
+    again = {"handoff": {"instance_id": instance["id"], "peer_id": here.peer_id}}
+    for method, where, body in (
+        ("POST", f"{path}/pause", None),
+        ("POST", f"{path}/suspend", None),
+        ("PATCH", path, {"instance": {"lease_seconds": 60}}),
+        ("DELETE", path, None),
+        ("POST", "/v1/handoffs", again),
+    ):
+        answer = here.call(method, where, body)
         assert answer.status_code == 409, answer.text
-    assert here.call("POST", "/v1/handoffs", {"handoff": {
-        "instance_id": instance["id"], "peer_id": here.peer_id}}).status_code == 409  # fmt: skip
-    assert here.call("DELETE", f"/v1/peers/{here.peer_id}").status_code == 409, "it is needed"
+        assert f"is being handed off already: hand-off {id_} (cloudlet handoff cancel {id_})" in answer.text
+    needed = here.call("DELETE", f"/v1/peers/{here.peer_id}")
+    assert needed.status_code == 409 and f"(cloudlet handoff cancel {id_})" in needed.text, needed.text
+    coming = there.call("POST", f"{path}/pause")
+    assert f"is still coming from another site: hand-off {id_}" in coming.text, coming.text
     assert ask(instance, "/counter") == "1", "it goes on answering"
     handoff = here.call.get(f"/v1/handoffs/{operation['resources']['handoff']}")["handoff"]
     assert handoff["forecast"]["bytes"] > 100_000 and handoff["forecast"]["seconds"] > 0
@@ -120,10 +131,18 @@ def test_while_it_moves_nothing_else_is_done_with_it(sites: Sites, instance: dic
 
 def test_refused_before_a_byte_of_it(sites: Sites, instance: dict[str, Any]) -> None:
     here, there = sites
-    assert "neither here nor can be fetched" in failed(here.call, create(here, instance, overlay="overlay"))
+    name = here.call.get(f"/v1/peers/{here.peer_id}")["peer"]["name"]
+    said = failed(here.call, create(here, instance, overlay="overlay"))
+    assert said.startswith(f"{name} refuses: the overlay ")
+    assert said.endswith(
+        "of the instance is neither there nor can be fetched "
+        "(upload it to the target, or hand the instance off without it)"
+    )
     there.call.patch("/v1/cloudlets/self", {"cloudlet": {"state": "draining"}})
     try:
-        assert "being emptied" in failed(here.call, create(here, instance))
+        said = failed(here.call, create(here, instance))
+        assert said.startswith(f"{name} refuses: ") and "being emptied" in said
+        assert "check the address" not in said, "one remedy: the peer's"
     finally:
         there.call.patch("/v1/cloudlets/self", {"cloudlet": {"state": "up"}})
     handoffs = here.call.get(f"/v1/handoffs?instance_id={instance['id']}")["handoffs"]
@@ -142,8 +161,17 @@ def test_another_base_and_no_room_are_refused(
     with peer_site(tmp_path / "c", elsewhere, hashed) as stranger:
         wanted = {"instance_id": instance["id"], "peer_id": add_peer(here, stranger)}
         add_peer(stranger, here)
+        name = here.call.get(f"/v1/peers/{wanted['peer_id']}")["peer"]["name"]
         begun = here.call.post("/v1/handoffs", {"handoff": wanted})["operation"]
-        assert "base" in failed(here.call, begun)
+        assert failed(here.call, begun) == (
+            f"{name} refuses: the base {made.base_id[:16]} of the instance is not there "
+            "(have its operator import it)"
+        )
+        refresh = f"/v1/peers/{wanted['peer_id']}/refresh"
+        assert here.call.post(refresh)["peer"]["capabilities"]["bases"] == []
+        # As an import does that nobody has told the server of.
+        shutil.copytree(other.cache / "bases", elsewhere.cache / "bases", dirs_exist_ok=True)
+        assert here.call.post(refresh)["peer"]["capabilities"]["bases"] == [other.base_id]
     with peer_site(tmp_path / "d", made, hashed, limits={"instances": 0}) as full:
         wanted = {"instance_id": instance["id"], "peer_id": add_peer(here, full)}
         add_peer(full, here)
@@ -229,6 +257,34 @@ def test_who_may(sites: Sites, instance: dict[str, Any]) -> None:
     wanted["handoff"]["peer_id"] = instance["id"]
     assert here.call("POST", "/v1/handoffs", wanted).status_code == 404
     assert here.call("GET", "/v1/handoffs/" + instance["id"]).status_code == 404
+
+
+def test_who_may_not_list_peers_names_one(sites: Sites) -> None:
+    here, there = sites
+    mia, name = here.call.as_("mia"), "edge-2"
+    here.call.patch(f"/v1/peers/{here.peer_id}", {"peer": {"name": name}})
+    app = here.call.get("/v1/apps")["apps"][0]
+    instance = mia.start(app)
+    assert mia("GET", "/v1/peers").status_code == 403
+    wanted = {"instance_id": instance["id"]}
+    for more, status, said in (
+        ({}, 400, "give peer_id or peer_name"),
+        ({"peer_id": here.peer_id, "peer_name": name}, 400, "give peer_id or peer_name"),
+        ({"peer_name": "nowhere"}, 404, "there is no peer nowhere"),
+        ({"peer_id": instance["id"]}, 404, f"there is no peer {instance['id']}"),
+    ):
+        answer = mia("POST", "/v1/handoffs", {"handoff": {**wanted, **more}})
+        assert (answer.status_code, said in answer.text) == (status, True), answer.text
+    body = {"handoff": {**wanted, "peer_name": name}}
+    once, again = (mia("POST", "/v1/handoffs", body, headers={"Idempotency-Key": "k"}) for _ in range(2))
+    assert (once.status_code, again.status_code) == (202, 202), once.text
+    assert once.json()["operation"]["id"] == again.json()["operation"]["id"]
+    mia.done(once.json())
+    assert mia.instance(instance["id"])["state"] == "moved"
+    moved = there.call.as_("mia").instance(instance["id"])
+    assert (moved["state"], moved["user_id"]) == ("active", "mia")
+    for site in (there, here):
+        site.call.done(site.call.delete(f"/v1/instances/{instance['id']}"))
 
 
 def test_many_at_once_share_the_link(sites: Sites, made: Made) -> None:

@@ -172,20 +172,28 @@ def test_two_sites_add_each_other(strangers: tuple[Site, Site], made: Made) -> N
     first = east.adds(west, fingerprint=grouped(west.fingerprint).upper(), name="west")
     assert (first["id"], first["name"], first["state"]) == (west.id, "west", "trusted")
     assert (first["seen_at"], first["capabilities"]["bases"]) == (None, [])
-    assert "does not know the one that calls" in first["error"]["detail"]
+    assert first["error"]["code"] == "cloudlet.peer.failed"
+    assert first["error"]["detail"] == (
+        "west refuses: it does not know the one that calls (have its operator add that one as a peer)"
+    )
     second = west.adds(east)
     assert second["error"] is None
     assert second["name"] == east.about["name"]
     assert second["capabilities"]["versions"] == [1]
     assert made.base_id in second["capabilities"]["bases"]
     assert second["capabilities"]["hypervisor"] == "fake"
-    assert east.call.get(f"/v1/peers/{west.id}")["peer"]["seen_at"], "west has called"
+    called = east.call.get(f"/v1/peers/{west.id}")["peer"]
+    assert called["seen_at"] and called["error"] is None, "west has called, and so knows east"
     now = east.call.post(f"/v1/peers/{west.id}/refresh")["peer"]
     assert now["error"] is None
     assert now["capabilities"] == second["capabilities"]
     assert [event["kind"] for event in east.call.events(kind="peer.")][-1] == "peer.trusted"
     again = east.call("POST", "/v1/peers", {"peer": {"url": west.url, "fingerprint": west.fingerprint}})
     assert (again.status_code, code_of(again)) == (409, "cloudlet.peer.conflict")
+    assert f"it is a peer already: west, {west.id}" in again.text
+    for name in ("x/y", "a\x1bb", ""):
+        refused = east.call("PATCH", f"/v1/peers/{west.id}", {"peer": {"name": name}})
+        assert (refused.status_code, code_of(refused)) == (400, "cloudlet.peer.invalid"), name
 
 
 def test_a_repeated_request_adds_once(strangers: tuple[Site, Site]) -> None:
@@ -276,6 +284,8 @@ def test_another_site_at_the_address_of_a_peer(peers: tuple[Site, Site]) -> None
         connection.request("GET", CAPABILITIES, timeout=10)
     moved = east.call("PATCH", f"/v1/peers/{west.id}", {"peer": {"url": east.url}})
     assert (moved.status_code, code_of(moved)) == (422, "cloudlet.peer.signature")
+    detail = moved.json()["errors"][0]["detail"]
+    assert detail.endswith("has another key (give the URL of that peer, or delete it and add it again)")
 
 
 @pytest.mark.parametrize("closes", [False, True], ids=["keeps", "closes"])
@@ -528,6 +538,46 @@ def test_errors_of_a_peer_have_their_codes(peers: tuple[Site, Site]) -> None:
             connection.request("GET", CAPABILITIES, query={"a": 1}, timeout=10)
         assert (refused.value.status, refused.value.reason) == (400, "invalid")
         assert connection.request("GET", CAPABILITIES, timeout=10).status == 200
+
+
+def test_what_does_not_speak_tls_there(both: tuple[Site, Site]) -> None:
+    east, west = both
+
+    def said(url: str) -> str:
+        with east.connection(west, url) as connection, pytest.raises(UnreachableError) as caught:
+            connection.request("GET", CAPABILITIES, timeout=0.5)
+        return caught.value.message
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}"
+        assert said(url) == f"{url} answers nothing for 0.5 s"
+    plain = east.call.url.replace("http:", "https:")
+    assert said(plain) == f"{plain} does not speak TLS there"
+    with socket.create_server(("127.0.0.1", 0)) as ends:
+        thread = threading.Thread(target=lambda: ends.accept()[0].close())
+        thread.start()
+        url = f"https://127.0.0.1:{ends.getsockname()[1]}"
+        assert "_ssl.c" not in said(url)
+        thread.join()
+    old = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    assert "TLS 1.3" in _said_to(old, said)
+
+
+def _said_to(context: ssl.SSLContext, ask: Callable[[str], str]) -> str:
+    """What is said of a server with this context, of which nobody hears an answer."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            plain, _ = listener.accept()
+            with plain, pytest.raises(ssl.SSLError):
+                context.wrap_socket(plain, server_side=True)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        found = ask(f"https://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join()
+        return found
 
 
 @pytest.mark.slow

@@ -79,11 +79,12 @@ class Asking(proxy.Proxy):
         :raises NotFoundError: there is none.
         :raises ConflictError: several have that name.
         """
-        if _ID.fullmatch(name_or_id):
+        if is_id(name_or_id):
             with suppress(NotFoundError):
                 return self._get(kind, name_or_id)
-        found = list(self._list(kind, name=name_or_id))
         noun = kind.resource_key
+        with faults.doing(f"list {noun}s"):
+            found = list(self._list(kind, name=name_or_id))
         if not found:
             raise NotFoundError(f"there is no {noun} {name_or_id!r} at this site", hint=f"list the {noun}s")
         if len(found) > 1:
@@ -110,6 +111,11 @@ class Asking(proxy.Proxy):
         """Where this version of the API is; plug-ins with a fixed endpoint name the site itself."""
         data = self.get_endpoint_data()
         return data.url if data else None
+
+
+def is_id(text: str) -> bool:
+    """Whether a text is an id, and not a name."""
+    return _ID.fullmatch(text) is not None
 
 
 def id_of(thing: str | Noun) -> str:

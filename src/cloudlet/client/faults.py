@@ -22,6 +22,10 @@ class LostError(FailedError):
     """Nobody answered, or the connection ended before the answer did."""
 
 
+class CancelledError(FailedError):
+    """Somebody has cancelled the operation that was waited for."""
+
+
 REASONS: Mapping[str, type[CloudletError]] = {
     "unauthenticated": RefusedError,
     "clock": RefusedError,
@@ -90,6 +94,20 @@ def error_of(response: requests.Response) -> CloudletError:
 def coded(code: str, detail: str, otherwise: type[CloudletError] = FailedError) -> CloudletError:
     """The error with this code, ``cloudlet.NOUN.REASON``; ``otherwise`` where the reason is unknown."""
     return _error(REASONS.get(code.rpartition(".")[2], otherwise), detail)
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Have a refusal say what was refused, for who asks for several things one after the other.
+
+    :param what: as it follows "may not": ``list peers``.
+    """
+    try:
+        yield
+    except RefusedError as error:
+        error.message = error.message.replace("may not do this", f"may not {what}")
+        error.args = (error.message,)
+        raise
 
 
 @contextmanager

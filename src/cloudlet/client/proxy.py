@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from cloudlet.client import faults, following
-from cloudlet.client.asking import id_of, retry_headers
+from cloudlet.client.asking import id_of, is_id, retry_headers
 from cloudlet.client.following import Located
 from cloudlet.client.publishing import Publishing
 from cloudlet.client.resources import Cloudlet, Event, Handoff, Instance, Operation, Peer
@@ -160,10 +160,15 @@ class Proxy(Publishing):
     ) -> Operation:
         """Hand a running instance off to another cloudlet; ``resources["handoff"]`` is the hand-off's id.
 
-        :param terms: ``pause_seconds``, ``deadline_seconds``, ``bandwidth_mbit``, ``verify``, ``overlay``.
+        :param peer: the other cloudlet, its id or its name: who may hand off may not always list peers.
+        :param terms: ``pause_seconds``, ``deadline_seconds``, ``bandwidth_mbit``, ``verify``, ``overlay``,
+            ``switch``.
         """
-        body = {"handoff": {"instance_id": id_of(instance), "peer_id": id_of(peer), **terms}}
-        return self._begun(self.post("/handoffs", json=body, headers=retry_headers(retry_key)))
+        where = id_of(peer)
+        whom = {"peer_id" if is_id(where) else "peer_name": where}
+        body = {"handoff": {"instance_id": id_of(instance), **whom, **terms}}
+        with faults.doing("hand instances off"):
+            return self._begun(self.post("/handoffs", json=body, headers=retry_headers(retry_key)))
 
     def handoffs(self, **query: Any) -> Iterator[Handoff]:
         """All hand-offs with these values."""
@@ -255,7 +260,8 @@ class Proxy(Publishing):
 
         :param timeout: seconds; without, as long as it takes: an operation ends by itself.
         :param told: called about every second with how far it is.
-        :raises CloudletError: it failed or was cancelled, or it has not ended in time.
+        :raises CancelledError: it was cancelled.
+        :raises CloudletError: it failed, or it has not ended in time.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         longest = _LOOK_SECONDS if told else _LONG_POLL
@@ -302,5 +308,5 @@ def _succeeded(operation: Operation) -> Operation:
         error = operation.error or {}
         raise faults.coded(error.get("code", ""), error.get("detail", f"operation {operation.id} failed"))
     if operation.state == "cancelled":
-        raise FailedError(f"operation {operation.id} was cancelled")
+        raise faults.CancelledError(f"operation {operation.id} was cancelled")
     return operation

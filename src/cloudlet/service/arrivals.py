@@ -99,7 +99,7 @@ class Arrivals:
         root = _root(wanted["root"])
         self._check(root, wanted, offered.needs)
         if offered.early and (obstacle := self._site.machine.hypervisor.early_obstacle()):
-            raise MismatchError(f"this site cannot switch early: {obstacle}", hint="hand it off without that")
+            raise MismatchError(f"it cannot switch early: {obstacle}", hint="hand it off without that")
         handoff = Handoff(
             id=offered.id, project_id=wanted["project_id"], user_id=wanted["user_id"],
             instance_id=wanted["id"], direction=Direction.IN, peer_id=peer.id, epoch=wanted["epoch"],
@@ -506,7 +506,7 @@ class Arrivals:
             base = machine.bases.get(root.base)
         except NotFoundError as error:
             raise MismatchError(
-                f"the base {root.base[:16]} of the instance is not at this site",
+                f"the base {root.base[:16]} of the instance is not there",
                 hint="have its operator import it",
             ) from error
         machine.hypervisor.check(root.machine)
@@ -514,7 +514,7 @@ class Arrivals:
         # What is started again when it ended is started from its overlay.
         if (needs == "overlay" or wanted["restart"]) and not self._has_overlay(wanted):
             raise NotFoundError(
-                f"the overlay {wanted['overlay'][:16]} of the instance is neither here nor can be fetched",
+                f"the overlay {wanted['overlay'][:16]} of the instance is neither there nor can be fetched",
                 hint="upload it to the target, or hand the instance off without it",
             )
 
@@ -537,11 +537,11 @@ class Arrivals:
                 coming = replace(coming, overlay_id=overlay.id, restart=bool(wanted["restart"]))
             return INSTANCES.insert(connection, coming)
         if (here.project_id, here.user_id) != (wanted["project_id"], wanted["user_id"]):
-            raise ConflictError(f"instance {here.id} is another user's here")
+            raise ConflictError(f"instance {here.id} is another user's there")
         # One that was lost here has gone on where it came from.
         lost = here.state is InstanceState.FAILED and _was_lost(connection, here)
         if here.state is not InstanceState.MOVED and not lost:
-            raise ConflictError(f"instance {here.id} is here, and {here.state}")
+            raise ConflictError(f"instance {here.id} is there already, and {here.state}")
         return INSTANCES.update(connection, here.id, state=InstanceState.MOVING)
 
     def _check_epoch(self, connection: Connection, wanted: Mapping[str, Any], here: Instance | None) -> None:
@@ -555,7 +555,8 @@ class Arrivals:
         last = max([*epochs, here.epoch if here else 0])
         if wanted["epoch"] <= last:
             raise ConflictError(
-                f"instance {wanted['id']} was here in epoch {last}, and is offered in epoch {wanted['epoch']}"
+                f"instance {wanted['id']} was there in epoch {last} already, "
+                f"and is offered in epoch {wanted['epoch']}"
             )
 
     def _have_image(self, wanted: Mapping[str, Any], running: Running) -> None:
@@ -569,7 +570,7 @@ class Arrivals:
             return
         overlay = self._site.database.read(lambda connection: self._overlay(connection, wanted))
         if overlay is None:
-            raise NotFoundError(f"overlay {wanted['overlay'][:16]} is not here")
+            raise NotFoundError(f"the overlay {wanted['overlay'][:16]} of the instance is not there")
         order = self._site.overlays.order(overlay.id, Order(source=""))
         networks = self._site.options.fetch_networks
         with open_source(order.source, io.BytesIO(), networks=networks) as source:

@@ -25,6 +25,7 @@ from cloudlet.errors import CloudletError, ConflictError, CorruptError
 from cloudlet.keeper.correspondence import HttpPeer
 from cloudlet.keeper.order import KeeperState, Status, describe
 from cloudlet.service.instances import check_here
+from cloudlet.service.underway import check_not_moving
 from cloudlet.service.work import operation
 from cloudlet.store import journal
 from cloudlet.store.retries import Remember, forget
@@ -100,6 +101,7 @@ class Departures:
         def begin(connection: Connection) -> tuple[Handoff, Operation]:
             before = INSTANCES.get(connection, instance.id, lock=True)
             check_here(before)
+            check_not_moving(connection, before)
             if before.state not in _RUNNING:
                 raise ConflictError(
                     f"instance {instance.id} is {before.state}", hint="only one that runs can be handed off"
@@ -191,6 +193,10 @@ class Departures:
     def peer(self, handoff: Handoff) -> HttpPeer:
         """The other end of a hand-off."""
         return HttpPeer.of(self._whom(handoff), handoff.id, self._site.machine.keys)
+
+    def target(self, handoff: Handoff) -> str:
+        """What the peer is called that a hand-off goes to."""
+        return self._peer(handoff).name
 
     def left_alone(self, handoff: Handoff, peer: HttpPeer) -> Departure | None:
         """The departure whose keeper is gone, if that had begun."""

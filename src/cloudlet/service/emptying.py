@@ -102,6 +102,8 @@ class Drain:
         self._written = self._entries.copy()
         self._own: dict[str, Any] = {}
         self._peers: dict[str, Peer] = {}
+        self._names: dict[str, str] = {}
+        """Of all peers, by their ids."""
         self._instances: dict[str, Instance] = {}
         self._not_before: dict[str, float] = {}
         """By instance, when it may be tried again."""
@@ -155,12 +157,13 @@ class Drain:
     def _look(self) -> None:
         """Take note of what has become of all."""
 
-        def read(connection: Connection) -> tuple[list[Instance], list[Handoff]]:
+        def read(connection: Connection) -> tuple[list[Instance], list[Handoff], list[Peer]]:
             ids = [entry.handoff_id for entry in self._with(Result.MOVING)]
             handoffs = HANDOFFS.list(connection, id=ids) if ids else []
-            return INSTANCES.list(connection), handoffs
+            return INSTANCES.list(connection), handoffs, PEERS.list(connection)
 
-        instances, handoffs = self._site.database.read(read)
+        instances, handoffs, peers = self._site.database.read(read)
+        self._names = {peer.id: peer.name for peer in peers}
         self._instances = {instance.id: instance for instance in instances}
         for instance in instances:
             if instance.id not in self._entries:
@@ -202,19 +205,27 @@ class Drain:
 
     def _look_at_instance(self, entry: Entry, instance: Instance | None) -> None:
         if instance is None:
-            self._put(replace(entry, result=Result.NOT_RUNNING, state="deleted"))
+            self._put(replace(entry, result=Result.NOT_RUNNING, state="deleted", reason="deleted"))
             return
         seen = replace(entry, state=instance.state.value)
         if instance.state in (*_RUNNING, *_COMING):
-            seen = replace(seen, result=Result.WAITING)
+            seen = replace(seen, result=Result.WAITING, reason="")
         elif instance.state is InstanceState.MOVED and entry.result is Result.WAITING:
             # Somebody else has handed it off.
             peer_id = str((instance.moved_to or {}).get("cloudlet_id") or "")
-            peer = self._peers.get(peer_id)
-            seen = replace(seen, result=Result.HANDED_OFF, peer_id=peer_id, peer=peer.name if peer else None)
-        else:
-            seen = replace(seen, result=Result.NOT_RUNNING)
+            seen = replace(seen, result=Result.HANDED_OFF, peer_id=peer_id, peer=self._names.get(peer_id))
+        elif entry.result is not Result.NOT_RUNNING or not entry.handoff_id:
+            seen = replace(seen, result=Result.NOT_RUNNING, reason=self._why_not_running(instance))
         self._put(seen)
+
+    def _why_not_running(self, instance: Instance) -> str:
+        """Why there is nothing of an instance to hand off."""
+        if instance.state is InstanceState.MOVED:
+            there = instance.moved_to or {}
+            place = self._names.get(str(there.get("cloudlet_id"))) or there.get("url") or "another site"
+            return f"moved to {place}"
+        error = (instance.error or {}).get("message")
+        return f"{instance.state}: {error}" if error else str(instance.state)
 
     def _begin(self) -> None:
         """Begin what can begin, and decide what stays."""
@@ -289,13 +300,25 @@ class Drain:
     def _why(self, entry: Entry, peers: Sequence[Peer]) -> str:
         """What was in the way of an instance, for its operator."""
         if not peers:
-            return "the site has no peers"
+            return self._why_no_peers()
         found = {
             peer.name: self._obstacle(peer, self._instances[entry.id])
             or (entry.attempts[peer.id].reason if peer.id in entry.attempts else "")
             for peer in peers
         }
-        return "; ".join(f"{name}: {why}" for name, why in found.items() if why)
+        # What a peer has said begins with its name already.
+        named = (
+            why if why.startswith(f"{name} ") else f"{name}: {why}" for name, why in found.items() if why
+        )
+        return "; ".join(named)
+
+    def _why_no_peers(self) -> str:
+        blocked = self._site.database.read(lambda connection: PEERS.list(connection, state=PeerState.BLOCKED))
+        names = [peer.name for peer in blocked if not self._only or peer.id in self._only]
+        if not names:
+            return "the site has no peers"
+        which = names[0] if len(names) == 1 else "NAME"
+        return f"its peers are blocked: {', '.join(names)} (cloudlet peer set {which} --trust)"
 
     def _cancel(self, entry: Entry) -> None:
         def read(connection: Connection) -> Handoff:

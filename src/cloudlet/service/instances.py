@@ -21,6 +21,7 @@ from cloudlet.model import PublishedPort
 from cloudlet.overlay.root import Root
 from cloudlet.service import capacity
 from cloudlet.service.capacity import Usage
+from cloudlet.service.underway import check_not_moving
 from cloudlet.service.work import operation
 from cloudlet.store import journal
 from cloudlet.store.retries import Remember, forget
@@ -120,6 +121,7 @@ class Instances:
         def renew(connection: Connection) -> tuple[Instance, bool]:
             before = INSTANCES.get(connection, instance.id, lock=True)
             check_here(before)
+            check_not_moving(connection, before)
             states = (*_RUNNING, InstanceState.EXPIRED, InstanceState.REQUESTED, InstanceState.SYNTHESISING)
             expired = before.state is InstanceState.EXPIRED
             changes: dict[str, Any] = {"state": InstanceState.ACTIVE} if expired else {}
@@ -177,7 +179,7 @@ class Instances:
 
         def begin(connection: Connection) -> Operation:
             before = INSTANCES.get(connection, instance.id, lock=True)
-            _check_runs(before)
+            _check_runs(connection, before)
             paused = before.state is InstanceState.PAUSED
             # Who has paused an instance resumes it: it waits for that in a file instead of in memory.
             INSTANCES.update(connection, instance.id, resume_at_start=until_start and not paused)
@@ -189,7 +191,7 @@ class Instances:
         """Make an overlay of what the machine is now."""
 
         def begin(connection: Connection) -> Operation:
-            _check_runs(INSTANCES.get(connection, instance.id))
+            _check_runs(connection, INSTANCES.get(connection, instance.id))
             OVERLAYS.insert(connection, overlay)
             journal.emit(connection, "overlay", "queued", overlay, name=overlay.name, saved_from=instance.id)
             begun = self._begin(connection, "instance.save", instance, overlay=overlay.id)
@@ -210,11 +212,7 @@ class Instances:
 
         def begin(connection: Connection) -> Operation:
             before = INSTANCES.get(connection, instance.id, lock=True)  # who deletes it too waits here
-            if before.state is InstanceState.MOVING:
-                raise ConflictError(
-                    f"instance {instance.id} is being handed off",
-                    hint="wait for that, or cancel the hand-off",
-                )
+            check_not_moving(connection, before)
             for begun in self._site.work.open_on(connection, instance.id):
                 if begun.kind == "instance.delete":
                     return begun
@@ -337,7 +335,9 @@ class Instances:
         """Change the state, and have the keeper do it; if it cannot, the state is as before."""
 
         def change(connection: Connection) -> Instance:
-            check_here(INSTANCES.get(connection, instance.id, lock=True))
+            row = INSTANCES.get(connection, instance.id, lock=True)
+            check_here(row)
+            check_not_moving(connection, row)
             after = INSTANCES.update(connection, instance.id, where={"state": before}, state=state)
             journal.emit(connection, "instance", event, after)
             return after
@@ -389,8 +389,9 @@ def check_here(instance: Instance) -> None:
         raise ConflictError(f"instance {instance.id} is moved: it is at {place}", hint="ask for it there")
 
 
-def _check_runs(instance: Instance) -> None:
+def _check_runs(connection: Connection, instance: Instance) -> None:
     check_here(instance)
+    check_not_moving(connection, instance)
     if instance.state not in _RUNNING:
         raise ConflictError(f"instance {instance.id} is {instance.state}", hint="wait until it is active")
 

@@ -13,6 +13,7 @@ from cloudlet.keeper.order import KeeperState, Status, describe, raised
 from cloudlet.service.departures import Departures
 from cloudlet.service.steps import Flow, Lane, Running, Step
 from cloudlet.store.rows import Handoff, HandoffState
+from cloudlet.transfer.peer import refusal_in
 
 _ANSWER_SECONDS = 15.0
 """Longest time until a peer answers an offer at all."""
@@ -61,7 +62,7 @@ class Offer(_OfHandoff):
         handoff = self.handoff()
         if "holds" in handoff.order:
             return  # it was accepted before a crash
-        peer = self.departures.peer(handoff)
+        peer, name = self.departures.peer(handoff), self.departures.target(handoff)
         try:
             offer = self.departures.offer(handoff)
             state = self._answer(lambda: peer.offer(offer))
@@ -69,10 +70,14 @@ class Offer(_OfHandoff):
             while state.state == "preparing" and time.monotonic() < until:
                 self.running.check()
                 state = answered(lambda: peer.state(_WAIT_SECONDS)) or state
+        except CloudletError as error:
+            if refusal := refusal_in(error):
+                raise type(error)(f"{name} refuses: {refusal}", hint="") from error
+            raise
         finally:
             peer.close()
         if state.state != Ownership.RECEIVING:
-            raise FailedError(f"the peer cannot take the instance: {state.reason or state.state}")
+            raise FailedError(f"{name} cannot take the instance: {state.reason or state.state}")
         self.departures.accepted(handoff, state.holds)
 
     def undo(self) -> None:

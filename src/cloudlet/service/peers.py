@@ -32,12 +32,14 @@ from cloudlet.errors import (
     UnconfirmedError,
 )
 from cloudlet.hypervisor.qemu.launch import find_qemu
+from cloudlet.keeper.order import describe as describe_error
+from cloudlet.service.underway import way_out
 from cloudlet.store import journal, tables
 from cloudlet.store.retries import Remember, forget
-from cloudlet.store.rows import BASES, HANDOFFS, OPEN_HANDOFFS, PEERS, FileState, Owned, Peer, PeerState, now
+from cloudlet.store.rows import HANDOFFS, OPEN_HANDOFFS, PEERS, Owned, Peer, PeerState, now
 from cloudlet.store.tokens import PeerTokens, Seen, TokenError, issuer_of, verify
 from cloudlet.transfer.description import Description, check_url, grouped
-from cloudlet.transfer.peer import PeerConnection, describe
+from cloudlet.transfer.peer import PeerConnection, PeerError, describe
 
 if TYPE_CHECKING:
     from cloudlet.service.site import ServedSite
@@ -47,6 +49,8 @@ Aside = Callable[[], AbstractContextManager[None]]
 VERSIONS = (1,)
 """Of the hand-off protocol, those that are spoken here."""
 CAPABILITIES_PATH = "/v1/peer/capabilities"
+_NOT_KNOWN = "unauthenticated"
+"""The reason of a peer that refuses whoever it does not trust."""
 _CALL_SECONDS = 10.0
 _NOTED_SECONDS = 60.0
 """Who is heard of all the time is written down so often."""
@@ -91,16 +95,13 @@ class Peers:
         """What this site can do, for its peers."""
         hypervisor = self._site.machine.hypervisor
         machine = hypervisor.machine(memory_bytes=1 << 20, disk_bytes=1 << 20)
-        bases = self._site.database.read(
-            lambda connection: BASES.list(connection, state=FileState.ACTIVE, limit=_MOST_BASES)
-        )
         return {
             "versions": list(VERSIONS),
             "hypervisor": hypervisor.name,
             "qemu": self._qemu,
             "accelerator": str(machine.accelerator),
             "cpu_model": machine.cpu_model,
-            "bases": [base.identity for base in bases if base.identity],
+            "bases": [base.id for base in self._site.machine.bases.all()[-_MOST_BASES:]],
         }
 
     def add(
@@ -125,6 +126,11 @@ class Peers:
         check_url(url, "peer.url")
         with elsewhere():
             found = describe(url, timeout=_CALL_SECONDS)
+        if name is None and "/" in found.name:
+            raise ImpossibleError(
+                f"peer.name: it calls itself {found.name}; a peer's name has no slash",
+                hint="give another name",
+            )
         if found.site_id == self._site.id:
             raise ImpossibleError("peer.url: it leads to this site itself", hint="give another site's")
         if fingerprint is None:
@@ -150,9 +156,10 @@ class Peers:
         )
 
         def insert(connection: Connection) -> Peer:
-            if PEERS.find(connection, id=peer.id):
+            if known := PEERS.find(connection, id=peer.id):
                 raise ConflictError(
-                    f"{peer.id} is a peer already", hint="if it has a new key, delete it first"
+                    f"it is a peer already: {known.name}, {peer.id}",
+                    hint="if it has a new key, delete it first",
                 )
             PEERS.insert(connection, peer)
             journal.emit(connection, "peer", peer.state, peer, name=peer.name, fingerprint=peer.fingerprint)
@@ -202,7 +209,7 @@ class Peers:
             for open_ in HANDOFFS.list(connection, peer_id=peer.id, state=OPEN_HANDOFFS, limit=1):
                 raise ConflictError(
                     f"hand-off {open_.id} with it is {open_.state}",
-                    hint="wait for its end, or bring it to one: cloudlet handoff resolve --help",
+                    hint=way_out(open_),
                 )
             if PEERS.delete(connection, peer.id):
                 journal.emit(connection, "peer", "deleted", peer, name=peer.name)
@@ -242,8 +249,7 @@ class Peers:
             raise
         except CloudletError as error:
             LOG.warning("peer %s: %s", peer.name, error)
-            kind = type(error).__name__
-            said = {"error": {"kind": kind, "message": error.message, "hint": error.hint}}
+            said = {"error": _noted(peer, error)}
 
         def note(connection: Connection) -> Peer:
             _note(connection, peer.id, **said)
@@ -261,18 +267,23 @@ class Peers:
         peer = self._site.database.read(lambda connection: PEERS.find(connection, id=issuer[:36]))
         if peer is None or peer.id != issuer:
             raise TokenError(
-                "this site does not know the one that calls", hint="its operator has to add it as a peer"
+                "it does not know the one that calls", hint="have its operator add that one as a peer"
             )
         public_key = Ed25519PublicKey.from_public_bytes(base64.b64decode(peer.public_key))
         verify(token, method, path, public_key, self._site.id, time.time(), self._seen)
         if peer.state is not PeerState.TRUSTED:
-            raise TokenError("this site has blocked the one that calls", hint="ask its operator")
+            raise TokenError("it has blocked the one that calls", hint="ask its operator")
         self._heard_of(peer)
         return peer
 
     def _heard_of(self, peer: Peer) -> None:
-        """Write down that a peer is there, now and then."""
+        """Write down that a peer is there, now and then; at once if it was thought not to trust this site."""
         moment = time.monotonic()
+        if (peer.error or {}).get("reason") == _NOT_KNOWN:  # who does not trust a site does not call it
+            self._site.database.write(
+                lambda connection: _note(connection, peer.id, seen_at=now(), error=None)
+            )
+            return
         if moment - self._noted.get(peer.id, float("-inf")) < _NOTED_SECONDS:
             return
         self._noted[peer.id] = moment
@@ -284,7 +295,10 @@ class Peers:
         with elsewhere():
             found = describe(url, timeout=_CALL_SECONDS)
         if (found.site_id, found.fingerprint) != (peer.id, peer.fingerprint):
-            raise SignatureError(f"{found.name} at {url} is another site, or has another key")
+            raise SignatureError(
+                f"{found.name} at {url} is another site, or has another key",
+                hint="give the URL of that peer, or delete it and add it again",
+            )
         return {"url": url.rstrip("/"), "certificate": found.certificate}
 
     @cached_property
@@ -293,6 +307,14 @@ class Peers:
         if self._site.machine.hypervisor.name != "qemu":
             return ""
         return ".".join(map(str, find_qemu(self._site.options.machine.qemu_binary)[1]))
+
+
+def _noted(peer: Peer, error: CloudletError) -> dict[str, str]:
+    """Why a call of a peer did not work, as its row says it."""
+    if not isinstance(error, PeerError):
+        return describe_error(error)
+    message = f"{peer.name} refuses: {error.said}" if error.said else error.message
+    return {**describe_error(FailedError(message)), "reason": error.reason}
 
 
 def _note(connection: Connection, peer_id: str, **said: Any) -> None:

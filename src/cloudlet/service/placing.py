@@ -97,6 +97,8 @@ def obstacle(own: Mapping[str, Any], peer: Peer, instance: Instance) -> str:
     :param peer: with what it said when it was asked last.
     """
     if peer.error:
+        if peer.error.get("reason"):  # it answers, and says no
+            return str(peer.error["message"])
         return f"it does not answer: {peer.error.get('message', '')}"
     theirs = peer.capabilities
     if not set(own["versions"]) & set(theirs.get("versions", ())):

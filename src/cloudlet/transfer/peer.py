@@ -39,7 +39,11 @@ _MOST_ANSWER_BYTES = 4 << 20
 _KEPT_SECONDS = 5.0
 """A connection that was not used for longer is not used again: the peer may end it at that moment."""
 _PIECE = 64 << 10
+_NO_CLOUDLET_HINT = "give the URL that its operator sees in: cloudlet site show"
 _UNREACHABLE_HINT = "is the peer served there, and can it be reached?"
+
+_VERSIONS = dict.fromkeys(("TLSV1_ALERT_PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL"), "TLS 1.3")
+"""What is missing, by OpenSSL's reason."""
 
 Tokens = Callable[[str, str, float], str]
 """Makes the token for a method and a path, by a clock that is so many seconds ahead."""
@@ -55,11 +59,13 @@ class StrangerError(IntegrityError):
 class PeerError(FailedError):
     """The peer answered, and the answer is an error."""
 
-    def __init__(self, code: str, status: int, message: str) -> None:
+    def __init__(self, code: str, status: int, message: str, said: str = "") -> None:
         super().__init__(message)
         self.code = code
         """``cloudlet.NOUN.REASON``; empty where it is not a cloudlet that has answered."""
         self.status = status
+        self.said = said
+        """What it says, with what to do; empty where it is not a cloudlet that has answered."""
 
     @property
     def reason(self) -> str:
@@ -156,6 +162,16 @@ class PeerConnection:
         return False
 
 
+def refusal_in(error: BaseException) -> str:
+    """What a peer has said that is behind an error, in its words; empty: none has said anything."""
+    behind: BaseException | None = error
+    while behind:
+        if isinstance(behind, PeerError):
+            return behind.said
+        behind = behind.__cause__
+    return ""
+
+
 def describe(url: str, *, timeout: float) -> Description:
     """What the cloudlet at a URL says of itself, signed by the key that it names.
 
@@ -199,7 +215,7 @@ class _Line:
 
     def describe(self, timeout: float) -> Description:
         """The description of who is there, verified, and with it the connection."""
-        with self._heard():
+        with self._heard(timeout):
             connection = self._fresh(timeout)
             found = self._described(connection, timeout)
         if not _is(connection.certificate, found):
@@ -224,7 +240,7 @@ class _Line:
             tries -= 1
             kept = self._kept()
             try:
-                with self._heard():
+                with self._heard(timeout):
                     connection = kept or self._verified(timeout)
                     return self._asked(connection, method, target, body, headers(), timeout)
             except UnreachableError:
@@ -261,7 +277,7 @@ class _Line:
         try:
             found = self._described(connection, timeout)
         except IntegrityError as error:
-            raise StrangerError(f"{self.url} does not show the peer's key: {error.message}") from error
+            raise StrangerError(f"the peer's key is not shown there: {error.message}") from error
         if not _is(connection.certificate, found):
             raise StrangerError(f"{self.url} shows another certificate than the one that the peer names")
         self._named = found.certificate
@@ -272,14 +288,26 @@ class _Line:
         if answer.status >= 500:
             raise UnreachableError(f"{self.url} answers with status {answer.status}", hint=_UNREACHABLE_HINT)
         if answer.status != 200 or not isinstance(answer.json, dict):
-            raise CorruptError(f"{self.url} is no cloudlet that others can reach (status {answer.status})")
-        return Description.read(answer.json.get("peer"), nonce=nonce, public_key=self._public_key)
+            raise CorruptError(
+                f"{self.url} is no cloudlet that others can reach (status {answer.status})",
+                hint=_NO_CLOUDLET_HINT,
+            )
+        try:
+            return Description.read(answer.json.get("peer"), nonce=nonce, public_key=self._public_key)
+        except IntegrityError as error:
+            raise type(error)(f"{self.url}: {error.message}", hint=_NO_CLOUDLET_HINT) from error
 
     def _fresh(self, timeout: float) -> _Connection:
         self.close()
         connection = _Connection(self._host, self._port, timeout)
         try:
             connection.connect()
+        except ssl.SSLError as error:
+            connection.end()
+            raise UnreachableError(
+                f"{self.url} does not speak {_VERSIONS.get(error.reason or '', 'TLS')} there",
+                hint=_UNREACHABLE_HINT,
+            ) from error
         except BaseException:
             connection.end()
             raise
@@ -312,16 +340,16 @@ class _Line:
         return answer
 
     @contextmanager
-    def _heard(self) -> Iterator[None]:
-        """Within it, an error of the network is one of ours, and after any error the connection is ended."""
+    def _heard(self, timeout: float) -> Iterator[None]:
+        """Within it, an error of the network is one of ours, and after any error the connection is ended.
+
+        :param timeout: how many seconds somebody waits there.
+        """
         try:
             yield
         except (OSError, HTTPException, UnicodeError) as error:
             self.close()
-            said = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise UnreachableError(
-                f"{self.url} does not answer: {str(said) or type(error).__name__}", hint=_UNREACHABLE_HINT
-            ) from error
+            raise UnreachableError(f"{self.url} {_said(error, timeout)}", hint=_UNREACHABLE_HINT) from error
         except BaseException:
             self.close()
             raise
@@ -395,6 +423,18 @@ class _Connection(HTTPSConnection):
             self.close()
 
 
+def _said(error: Exception, timeout: float) -> str:
+    """What an error of the network says of who should have answered within so many seconds."""
+    if isinstance(error, TimeoutError) and error.errno is None:  # of a socket, or of TLS on it
+        return f"answers nothing for {timeout:g} s"
+    if isinstance(error, ssl.SSLError):
+        cut = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+        why = "the connection was cut" if cut else f"TLS failed ({error.reason or 'for no reason given'})"
+    else:
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return f"does not answer: {why}"
+
+
 def _read(response: HTTPResponse) -> bytes:
     data = bytearray()
     while piece := response.read(_PIECE):
@@ -425,4 +465,4 @@ def _problem(answer: Answer, url: str) -> PeerError | None:
     if not isinstance(said, Mapping):
         return PeerError("", answer.status, f"{url} answers with status {answer.status}")
     detail = str(said.get("detail", ""))[:1000]
-    return PeerError(str(said.get("code", ""))[:100], answer.status, f"the peer says: {detail}")
+    return PeerError(str(said.get("code", ""))[:100], answer.status, f"the peer says: {detail}", detail)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from sqlalchemy.engine import Connection
+
 from cloudlet.api import listing
 from cloudlet.api.handlers.operations import accepted
 from cloudlet.api.operation import Answer, Call
 from cloudlet.api.schemas.handoffs import (
     HandoffBody,
+    HandoffCreate,
     HandoffCreateBody,
     HandoffsBody,
     HandoffsQuery,
@@ -15,7 +18,7 @@ from cloudlet.api.schemas.handoffs import (
 )
 from cloudlet.errors import ConflictError, NotFoundError, RefusedError
 from cloudlet.service.departures import Wish
-from cloudlet.store.rows import HANDOFFS, INSTANCES, OPERATIONS, PEERS, Direction, Handoff
+from cloudlet.store.rows import HANDOFFS, INSTANCES, OPERATIONS, PEERS, Direction, Handoff, Peer
 
 
 def list(call: Call, query: HandoffsQuery) -> HandoffsBody:  # noqa: A001 (it is what it is called on the wire)
@@ -36,9 +39,7 @@ def create(call: Call, body: HandoffCreateBody) -> Answer:
     instance = listing.seen(call, INSTANCES, wanted.instance_id)
     if not call.allows("owner", instance):
         raise RefusedError("only who owns an instance may hand it off")
-    peer = call.site.database.read(lambda connection: PEERS.find(connection, id=wanted.peer_id))
-    if peer is None:
-        raise NotFoundError(f"there is no peer {wanted.peer_id}", hint="cloudlet peer list")
+    peer = call.site.database.read(lambda connection: _peer(connection, wanted))
     if wanted.switch == "early" and not (
         call.allows("admin", instance) or call.site.departures.allows_early(instance)
     ):
@@ -51,6 +52,18 @@ def create(call: Call, body: HandoffCreateBody) -> Answer:
     wish = Wish(peer, terms, wanted.overlay)
     _, begun = call.site.departures.create(instance, wish, call.remember, call.request_id)
     return accepted(call, begun)
+
+
+def _peer(connection: Connection, wanted: HandoffCreate) -> Peer:
+    """The peer that a hand-off is to go to: who may not list peers may name one."""
+    if wanted.peer_id is not None:
+        return PEERS.get(connection, wanted.peer_id)
+    found = PEERS.list(connection, name=wanted.peer_name, limit=2)
+    if not found:
+        raise NotFoundError(f"there is no peer {wanted.peer_name}", hint=PEERS.listed_by)
+    if len(found) > 1:
+        raise ConflictError(f"several peers are called {wanted.peer_name}", hint="name one by its id")
+    return found[0]
 
 
 def show(handoff: Handoff) -> HandoffBody:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from cloudlet.api.schemas.common import (
     ErrorView,
@@ -38,8 +38,15 @@ Needs = Literal["any", "overlay", "nothing"]
 class HandoffCreate(Incoming):
     """Which instance goes where, and on what terms."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["peer_id"]}, {"required": ["peer_name"]}]}
+    )
+
     instance_id: Identifier
-    peer_id: Identifier = Field(description="the cloudlet that it goes to: its id among the peers")
+    peer_id: Identifier | None = Field(
+        None, description="the cloudlet that it goes to: its id among the peers; or peer_name"
+    )
+    peer_name: Name | None = Field(None, description="what that peer is called here, in place of its id")
     pause_seconds: float = Field(
         0.1, ge=0.02, le=60, description="it switches as soon as what is left fits into this"
     )
@@ -58,6 +65,12 @@ class HandoffCreate(Incoming):
         description="early: if what is left cannot fit into the pause, it is resumed at the target first and "
         "follows then; the instance can be lost meanwhile. The app's policy or an operator must allow it",
     )
+
+    @model_validator(mode="after")
+    def _goes_to_one_peer(self) -> Self:
+        if (self.peer_id is None) == (self.peer_name is None):
+            raise ValueError("give peer_id or peer_name, one of the two")
+        return self
 
     @model_validator(mode="after")
     def _can_be_verified(self) -> Self:

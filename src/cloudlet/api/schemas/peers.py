@@ -13,6 +13,8 @@ from cloudlet.store.rows import Peer, PeerState
 _SEPARATORS = re.compile(r"[ :-]")
 Fingerprint = Annotated[str, StringConstraints(pattern=r"^([0-9a-fA-F]{2}[ :-]?){31}[0-9a-fA-F]{2}$")]
 Nonce = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{0,64}$")]
+# With a slash it could be taken for a path, or for a URL.
+PeerName = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f/]+$")]
 PeerUrl = Annotated[str, StringConstraints(max_length=4096, pattern=r"^https://[!-~]+$")]
 
 
@@ -65,7 +67,7 @@ class PeerCreate(Incoming):
     fingerprint: Fingerprint | None = Field(
         None, description="of its key, as its operator says; left out: the answer is an error, and shows it"
     )
-    name: Name | None = Field(None, description="what to call it; left out: as it calls itself")
+    name: PeerName | None = Field(None, description="what to call it; left out: as it calls itself")
 
     @property
     def digits(self) -> str | None:
@@ -82,7 +84,7 @@ class PeerCreateBody(Incoming):
 class PeerUpdate(Incoming):
     """What may change of a peer."""
 
-    name: Name | None = None
+    name: PeerName | None = None
     url: PeerUrl | None = Field(None, description="it has to be there")
     state: PeerState | None = Field(None, description="blocked: it is neither called nor heard")
 

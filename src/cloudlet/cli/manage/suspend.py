@@ -46,7 +46,8 @@ class Suspend(ManageCommand):
             except BaseException:
                 shutdown.take_back(database)
                 raise
-        self.app.say(f"{total} instances are suspended" if total else "nothing runs")
+        said = f"{_instances(total, 'is', 'are')} suspended" if total else "nothing runs"
+        self.app.say(said)
 
     def _suspend(self, database: Database, timeout: float) -> int:
         """Have all suspended, and wait for it; how many."""
@@ -59,8 +60,13 @@ class Suspend(ManageCommand):
                 waited = time.monotonic() - began
                 if waited > timeout or (waited > _HEARD_SECONDS and not shutdown.heard(database)):
                     raise FailedError(
-                        f"{len(left)} instances still run",
+                        _instances(len(left), "still runs", "still run"),
                         hint="is the service running? See its log, and give a longer --timeout",
                     )
                 time.sleep(_LOOK_SECONDS)
         return total
+
+
+def _instances(number: int, does: str, do: str) -> str:
+    """So many instances, and what they do."""
+    return f"1 instance {does}" if number == 1 else f"{number} instances {do}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cliff.lister import Lister
 
 from cloudlet.cli.site import shown
-from cloudlet.cli.site.command import ShowsOne, SiteCommand
+from cloudlet.cli.site.command import ShowsOne, SiteCommand, add_pause, amount
 from cloudlet.cli.site.shown import Columns, Table
 from cloudlet.errors import ExitCode
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _ENTRY = ("id", "name", "result", "peer", "reason")
 _REMAINS = ("stays", "in_doubt", "moving")
+_NOT_RUNNING = "not_running"
 
 
 class Show(ShowsOne):
@@ -51,16 +52,11 @@ class Drain(SiteCommand, Lister):
         )
         parser.add_argument(
             "--deadline",
-            type=float,
+            type=amount(0, 86_400, "seconds"),
             metavar="SECONDS",
-            help="begin no hand-off later, and have switched by then (default: 600)",
+            help="begin no hand-off later, and have switched by then: 0 to 86400 (default: 600)",
         )
-        parser.add_argument(
-            "--pause",
-            type=float,
-            metavar="SECONDS",
-            help="an instance switches as soon as what is left fits into this (default: 0.1)",
-        )
+        add_pause(parser)
         parser.add_argument(
             "--to",
             action="append",
@@ -121,15 +117,24 @@ class Drain(SiteCommand, Lister):
 
     def _result(self, operation: Operation) -> Table:
         entries = _entries(operation)
+        if all(entry["result"] == _NOT_RUNNING for entry in entries):
+            self.say("nothing runs here")
         remain = sum(entry["result"] in _REMAINS for entry in entries)
         if remain:
             self._some_remain = True
             self.say(f"instances that found no place, and stay: {remain}")
-        return shown.table(_ENTRY, entries, lambda entry: entry)
+        return shown.table(_ENTRY, entries, _reasoned)
 
 
 def _entries(operation: Operation) -> list[Mapping[str, Any]]:
     return list((operation.output or {}).get("instances", ()))
+
+
+def _reasoned(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An instance with a reason, also where it is only that it did not run."""
+    if entry["result"] == _NOT_RUNNING and not entry["reason"]:
+        return {**entry, "reason": entry["state"]}
+    return entry
 
 
 def _said(entry: Mapping[str, Any]) -> str:

@@ -97,6 +97,31 @@ def count(text: str) -> int:
     return number
 
 
+def amount(least: float, most: float, unit: str) -> Callable[[str], float]:
+    """What reads a number of a unit within limits, which are in it, as an argument."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {unit}") from None
+        if not least <= number <= most:  # nor is what is not a number
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most} {unit}")
+        return number
+
+    return read
+
+
+def add_pause(parser: argparse.ArgumentParser) -> None:
+    """An option that says how long an instance may stand still that is handed off."""
+    parser.add_argument(
+        "--pause",
+        type=amount(0.02, 60, "seconds"),
+        metavar="SECONDS",
+        help="an instance switches as soon as what is left fits into this: 0.02 to 60 (default: 0.1)",
+    )
+
+
 def add_which(parser: argparse.ArgumentParser, noun: str, *, several: bool = False) -> None:
     """An argument that says which one of a noun is meant."""
     if several:

@@ -3,17 +3,55 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cloudlet.cli.site import shown
-from cloudlet.cli.site.command import Lists, ShowsOne, add_which
-from cloudlet.cli.site.shown import Columns, Table
+from cloudlet.cli.site.command import Lists, ShowsOne, SiteCommand, add_pause, add_which, amount
+from cloudlet.cli.site.shown import Columns, Shown, Table
+from cloudlet.errors import CloudletError, FailedError, UsageError
 
 if TYPE_CHECKING:
-    from cloudlet.client.resources import Operation
+    from cloudlet.client.resources import Handoff, Instance, Operation, Peer
+
+_FOR_PEOPLE = ("id", "instance", "direction", "peer", "state", "created_at", "error")
+_FOR_PROGRAMS = (
+    "id", "instance_id", "direction", "peer_id", "state", "created_at", "error", "instance", "peer",
+)  # fmt: skip
+_ENDING_SECONDS = 10.0
+"""Longest time to wait for the end of what is cancelled."""
 
 
-class Create(ShowsOne):
+class _Shows(SiteCommand):
+    """A command that shows hand-offs, and says by name what they are of."""
+
+    def shown(self, row: Handoff) -> Shown:
+        """One hand-off."""
+        instance, peer = row.instance_id, row.peer_id
+        with suppress(CloudletError):  # it is not there any more
+            instance = self.client.get_instance(instance).name
+        with suppress(CloudletError):  # peers are the operator's
+            peer = self.client.get_peer(peer).name
+        return shown.handoff(row, instance, peer)
+
+    def named(self, rows: Iterable[Handoff]) -> Iterator[Shown]:
+        """Many hand-offs."""
+        instances, peers = (_names(listed) for listed in (self.client.instances, self.client.peers))
+        for row in rows:
+            instance = instances.get(row.instance_id, row.instance_id)
+            yield shown.handoff(row, instance, peers.get(row.peer_id, row.peer_id))
+
+
+def _names(listed: Callable[[], Iterable[Instance | Peer]]) -> dict[str, str]:
+    """Names by ids, as far as who asks may know them."""
+    names: dict[str, str] = {}
+    with suppress(CloudletError):
+        names.update((row.id, row.name) for row in listed())
+    return names
+
+
+class Create(_Shows, ShowsOne):
     """Hand a running instance off to another cloudlet; it goes on running, but for a blink at the end.
 
     The command ends when it runs there, and shows where. Ctrl-C before that has it stay.
@@ -25,19 +63,19 @@ class Create(ShowsOne):
         parser = super().get_parser(prog_name)
         add_which(parser, "instance")
         parser.add_argument("peer", metavar="PEER", help="the cloudlet that it goes to, by name or id")
-        parser.add_argument(
-            "--pause",
-            type=float,
-            metavar="SECONDS",
-            help="switch as soon as what is left fits into this (default: 0.1)",
-        )
+        add_pause(parser)
         parser.add_argument(
             "--deadline",
-            type=float,
+            type=amount(1, 86_400, "seconds"),
             metavar="SECONDS",
-            help="have switched by then, however long the pause becomes (default: 60)",
+            help="have switched by then, however long the pause becomes: 1 to 86400 (default: 60)",
         )
-        parser.add_argument("--bandwidth", type=float, metavar="MBIT", help="megabits per second at most")
+        parser.add_argument(
+            "--bandwidth",
+            type=amount(0, 1_000_000, "megabits per second"),
+            metavar="MBIT",
+            help="megabits per second at most; 0: no limit but the site's [peers] bandwidth_mbit (default)",
+        )
         parser.add_argument(
             "--verify",
             choices=("sent", "full"),
@@ -58,6 +96,8 @@ class Create(ShowsOne):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Columns:
+        if parsed_args.switch == "early" and parsed_args.verify == "full":
+            raise UsageError("--verify full needs all memory before the switch: leave one of the two out")
         terms = {
             "pause_seconds": parsed_args.pause,
             "deadline_seconds": parsed_args.deadline,
@@ -66,38 +106,69 @@ class Create(ShowsOne):
             "overlay": parsed_args.overlay,
             "switch": parsed_args.switch,
         }
-        operation = self.client.hand_off(
-            self.client.find_instance(parsed_args.instance),
-            self.client.find_peer(parsed_args.peer),
-            **{name: value for name, value in terms.items() if value is not None},
-        )
-        if not parsed_args.no_wait:
-            operation = self.wait(operation)
-        handoff = self.client.get_handoff(operation.resources["handoff"])
-        return shown.columns({**shown.handoff(handoff), "operation_id": operation.id})
+        given = {name: value for name, value in terms.items() if value is not None}
+        instance = self.client.find_instance(parsed_args.instance)
+        operation = self.client.hand_off(instance, parsed_args.peer, **given)
+        handoff = self._followed(operation, instance, to_its_end=not parsed_args.no_wait)
+        return shown.columns({**self.shown(handoff), "operation_id": operation.id})
+
+    def _followed(self, operation: Operation, instance: Instance, *, to_its_end: bool) -> Handoff:
+        """What an operation is to hand off, at once or at its end.
+
+        :raises CloudletError: it has failed or was cancelled, or nobody knows.
+        """
+        from cloudlet.client.faults import CancelledError, LostError
+
+        handoff_id = operation.resources["handoff"]
+        try:
+            if to_its_end:
+                self.wait(operation)
+            return self.client.get_handoff(handoff_id)
+        except CancelledError as error:
+            state = self.client.get_handoff(handoff_id).state
+            if state != "reverted":
+                hint = f"cloudlet handoff show {handoff_id}"
+                raise FailedError(
+                    f"hand-off {handoff_id} was cancelled, and is {state}", hint=hint
+                ) from error
+            raise FailedError(f"hand-off {handoff_id} was cancelled: {instance.name} stays here") from error
+        except LostError as error:
+            goes_on = "the hand-off may go on: cloudlet handoff list"
+            error.hint = f"{error.hint}; {goes_on}" if error.hint else goes_on
+            raise
 
     def _interrupted(self, operation: Operation) -> None:
         self.client.cancel_operation(operation)
         self.say("cancelled: the instance stays where it is, unless it has just left")
 
 
-class List(Lists):
+class List(_Shows, Lists):
     """List the hand-offs that you may see."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         parser.add_argument("--state", help="only those in this state: copying, completed, in_doubt ...")
-        parser.add_argument("--instance", metavar="ID", help="only those of this instance")
+        parser.add_argument(
+            "--instance", metavar="INSTANCE", help="only those of this instance, by name or id"
+        )
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Table:
-        query = {"state": parsed_args.state, "instance_id": parsed_args.instance}
-        rows = self.client.handoffs(max_items=parsed_args.limit, **query)
-        names = ("id", "instance_id", "direction", "peer_id", "state", "created_at", "error")
-        return shown.table(names, rows, shown.handoff)
+        query = {"state": parsed_args.state}
+        if parsed_args.instance:
+            query["instance_id"] = self._instance_id(parsed_args.instance)
+        rows = list(self.client.handoffs(max_items=parsed_args.limit, **query))
+        for_people = parsed_args.formatter == "table" and not parsed_args.columns
+        return shown.table(_FOR_PEOPLE if for_people else _FOR_PROGRAMS, self.named(rows), lambda row: row)
+
+    def _instance_id(self, name_or_id: str) -> str:
+        from cloudlet.client.asking import is_id
+
+        # One that is not here any more has hand-offs, too.
+        return name_or_id if is_id(name_or_id) else self.client.find_instance(name_or_id).id
 
 
-class Show(ShowsOne):
+class Show(_Shows, ShowsOne):
     """Show a hand-off: how far it is, what is expected, and what it took."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
@@ -106,7 +177,7 @@ class Show(ShowsOne):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Columns:
-        return shown.columns(shown.handoff(self.client.get_handoff(parsed_args.handoff)))
+        return shown.columns(self.shown(self.client.get_handoff(parsed_args.handoff)))
 
 
 class Cancel(Show):
@@ -114,8 +185,10 @@ class Cancel(Show):
 
     def take_action(self, parsed_args: argparse.Namespace) -> Columns:
         handoff = self.client.get_handoff(parsed_args.handoff)
-        self.client.cancel_handoff(handoff)
-        return shown.columns(shown.handoff(self.client.get_handoff(handoff)))
+        operation = self.client.cancel_handoff(handoff)
+        if not self.client.get_operation(operation, wait=_ENDING_SECONDS).ended:
+            self.say(f"it is about to end: cloudlet handoff show {handoff.id}")
+        return shown.columns(self.shown(self.client.get_handoff(handoff)))
 
 
 class Resolve(Show):
@@ -166,4 +239,4 @@ class Resolve(Show):
 
     def take_action(self, parsed_args: argparse.Namespace) -> Columns:
         self.client.resolve_handoff(parsed_args.handoff, parsed_args.action)
-        return shown.columns(shown.handoff(self.client.get_handoff(parsed_args.handoff)))
+        return shown.columns(self.shown(self.client.get_handoff(parsed_args.handoff)))

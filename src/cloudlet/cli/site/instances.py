@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from cloudlet.cli.site.shown import Columns, Table
 from cloudlet.errors import CloudletError, ConflictError, UsageError
 
 if TYPE_CHECKING:
-    from cloudlet.client.resources import Operation
+    from cloudlet.client.resources import Instance, Operation
 
 _CANCELLING_SECONDS = 60.0
 
@@ -112,7 +113,7 @@ class Show(ShowsOne):
     def take_action(self, parsed_args: argparse.Namespace) -> Columns:
         instance = self.client.find_instance(parsed_args.instance)
         if instance.moved_to:
-            place = instance.moved_to["url"] or f"the cloudlet {instance.moved_to['cloudlet_id']}"
+            place = _place(instance.moved_to)
             self.say(f"it is moved: it is at {place} now; cloudlet instance follow shows where it goes")
         return shown.columns(shown.instance(instance))
 
@@ -149,7 +150,10 @@ class Set(ShowsOne):
 
 
 class Delete(SiteCommand):
-    """End instances; what they had in memory and on disk is gone."""
+    """End instances; what they had in memory and on disk is gone.
+
+    One that was handed off goes on where it is: it is forgotten here, and nobody is shown the way any more.
+    """
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
@@ -163,7 +167,7 @@ class Delete(SiteCommand):
         for instance, operation in zip(found, operations, strict=True):
             if not parsed_args.no_wait:
                 self.wait(operation)
-            self.say(f"instance {instance.name} {'is being ended' if parsed_args.no_wait else 'is ended'}")
+            self.say(f"instance {instance.name} is {_going(instance, waited=not parsed_args.no_wait)}")
 
 
 class Pause(Show):
@@ -230,6 +234,19 @@ class ConsoleLog(SiteCommand):
         text = self.client.console_log(instance, parsed_args.length)
         # The guest has no say in what this terminal does.
         self.app.stdout.write(printable(text.replace("\r", "")) if sys.stdout.isatty() else text)
+
+
+def _going(instance: Instance, *, waited: bool) -> str:
+    """What becomes of an instance that is deleted."""
+    if instance.state == "moved" and instance.moved_to:
+        place = _place(instance.moved_to)
+        return f"{'' if waited else 'being '}forgotten here; it goes on at {place}"
+    return "ended" if waited else "being ended"
+
+
+def _place(moved_to: Mapping[str, Any]) -> str:
+    """Where an instance is that was handed off, as far as it is known."""
+    return str(moved_to["url"] or f"the cloudlet {moved_to['cloudlet_id']}")
 
 
 def _port(text: str) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import Any
 
@@ -10,6 +11,8 @@ from cloudlet.cli.site import shown
 from cloudlet.cli.site.command import Lists, ShowsOne, SiteCommand, add_which
 from cloudlet.cli.site.shown import Columns, Table
 from cloudlet.errors import RefusedError, UnconfirmedError, UsageError
+
+_FINGERPRINT = re.compile(r"([0-9a-fA-F]{2}[ :-]?){31}[0-9a-fA-F]{2}")
 
 
 class Add(ShowsOne):
@@ -23,10 +26,14 @@ class Add(ShowsOne):
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("url", metavar="URL", help="where the site reaches it: https://HOST:PORT")
+        parser.add_argument(
+            "url", type=_url, metavar="URL", help="where the site reaches it: https://HOST:PORT"
+        )
         parser.add_argument("--name", help="what to call it (default: as it calls itself)")
         sure = parser.add_mutually_exclusive_group()
-        sure.add_argument("--fingerprint", metavar="F", help="of its key, as its operator says it")
+        sure.add_argument(
+            "--fingerprint", type=_fingerprint, metavar="F", help="of its key, as its operator says it"
+        )
         sure.add_argument("--yes", action="store_true", help="take the key that is found for the right one")
         return parser
 
@@ -84,7 +91,9 @@ class Set(ShowsOne):
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         add_which(parser, "peer")
-        parser.add_argument("--url", metavar="URL", help="where it is reached now: it has to be there")
+        parser.add_argument(
+            "--url", type=_url, metavar="URL", help="where it is reached now: it has to be there"
+        )
         parser.add_argument("--name", help="what to call it")
         state = parser.add_mutually_exclusive_group()
         state.add_argument(
@@ -116,6 +125,22 @@ class Delete(SiteCommand):
         for peer in [self.client.find_peer(name) for name in parsed_args.peer]:
             self.client.delete_peer(peer)
             self.say(f"peer {peer.name} is forgotten")
+
+
+def _url(text: str) -> str:
+    """Where a peer is reached, as an argument."""
+    if not text.startswith("https://"):
+        raise argparse.ArgumentTypeError("a peer's URL begins with https://")
+    return text
+
+
+def _fingerprint(text: str) -> str:
+    """A fingerprint as people write it, as an argument."""
+    if not _FINGERPRINT.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            "a fingerprint is 64 hexadecimal digits, in pairs with colons or without"
+        )
+    return text
 
 
 def _ask(error: UnconfirmedError) -> None:

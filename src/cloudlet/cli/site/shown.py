@@ -199,12 +199,14 @@ def event(row: Event) -> Shown:
     }
 
 
-def handoff(row: Handoff) -> Shown:
-    """A hand-off."""
+def handoff(row: Handoff, instance: str, peer: str) -> Shown:
+    """A hand-off, and what its instance and its peer are called."""
     return {
         "id": row.id,
+        "instance": instance,
         "instance_id": row.instance_id,
         "direction": row.direction,
+        "peer": peer,
         "peer_id": row.peer_id,
         "state": row.state,
         "epoch": row.epoch,

@@ -24,7 +24,7 @@ demo-handoff:   ## a running VM follows its user to another cloudlet, beside QEM
 
 test: lint      ## lint, types, layers, and all tests, real QEMU included; files of tests side by side
 	@tools/setup test
-	@$(bin)/pytest --numprocesses auto --dist loadfile
+	@$(bin)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 unit:           ## the tests that start no QEMU
 	@tools/setup test

@@ -86,7 +86,7 @@ class ConflictError(CloudletError):
 class UnconfirmedError(ConflictError):
     """A key is shown that nobody has confirmed yet: a person has to compare its fingerprint."""
 
-    def __init__(self, message: str, *, fingerprint: str = "", hint: str = "") -> None:
+    def __init__(self, message: str, *, fingerprint: str = "", hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.fingerprint = fingerprint
         """Of the key, as hexadecimal digits."""
@@ -166,7 +166,7 @@ def of_the_system(error: OSError | MemoryError) -> CloudletError:
     """What the kernel refused, as an error for the user; for where nobody knew more of it."""
     if isinstance(error, MemoryError):
         return CapacityError("there is not enough memory", hint="free memory")
-    kind, hint = _MEANINGS.get(error.errno, (FailedError, ""))
+    kind, hint = _MEANINGS.get(error.errno, (FailedError, None))
     said = error.strerror or str(error) or type(error).__name__
     where = f"{error.filename}: " if error.filename else ""
     return kind(f"{where}{said[0].lower()}{said[1:]}", hint=hint)

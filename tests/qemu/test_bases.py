@@ -298,6 +298,7 @@ def test_a_cloud_image_is_imported_changed_and_rebooted(site: Site, kept: Kept, 
     site.bases.verify(base)
 
 
+@pytest.mark.slow
 def test_another_distribution_with_its_own_service_is_imported_and_rebooted(
     site: Site, kept: Kept, tmp_path: Path
 ) -> None:

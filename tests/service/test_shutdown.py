@@ -93,7 +93,7 @@ def test_nobody_serves(tmp_path: Path, made: Made, hashed: str) -> None:
         instance = server.call.start(server.call.publish(made.overlay))
     done = manage(settings, "suspend", "--timeout", "1")
     assert done.returncode == 1
-    assert "1 instances still run" in done.stderr
+    assert "1 instance still runs" in done.stderr
     assert "is the service running?" in done.stderr
     with served(settings) as server:
         assert server.call.instance(instance["id"])["state"] == "active"

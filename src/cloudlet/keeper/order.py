@@ -132,7 +132,7 @@ def raised(described: Mapping[str, str]) -> CloudletError:
     kind = getattr(errors, described.get("kind", ""), FailedError)
     if not (isinstance(kind, type) and issubclass(kind, CloudletError)):
         kind = FailedError
-    return kind(described.get("message", ""), hint=described.get("hint", ""))
+    return kind(described.get("message", ""), hint=described.get("hint"))
 
 
 def settings_to_json(settings: Settings) -> dict[str, Any]:

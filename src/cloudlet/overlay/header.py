@@ -61,7 +61,7 @@ class Header:
         if version != VERSION:
             raise VersionError(
                 f"the overlay has version {version}, this program reads {VERSION}",
-                hint="make it again with this version" if version < VERSION else "",
+                hint="make it again with this version" if version < VERSION else None,
             )
         if signatures > 1:
             raise CorruptError(f"the header declares {signatures} signatures, there may be one")

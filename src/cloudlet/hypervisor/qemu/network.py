@@ -140,7 +140,7 @@ class NetworkProcess:
             if kind != "ready":
                 message, hint = fields
                 error = _ERRORS.get(kind, FailedError)
-                raise error(f"the guest's network did not start: {message}", hint=hint)
+                raise error(f"the guest's network did not start: {message}", hint=hint or None)
         except CloudletError:
             self.stop()
             raise

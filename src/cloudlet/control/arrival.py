@@ -93,19 +93,29 @@ class Arrival:
     def commit(self, epoch: int) -> None:
         """The machine is this site's, and runs.
 
-        :raises ConflictError: it is not complete, or it is of another epoch.
+        :raises ConflictError: it is not loaded, or it is of another epoch.
         """
         with self._loading:
             record = self._ownership.record
-            if self.state in (Ownership.RUNNING, Ownership.DROPPED):
+            if self.state not in (Ownership.RECEIVING, Ownership.LOADED):
                 return
             if epoch != record.epoch or self.state is not Ownership.LOADED:
                 raise ConflictError(f"the machine is {self.state}, of epoch {record.epoch}")
             if self._receiving.instance.wait(0):
                 self._drop("its machine ended")
                 return
-            self._ownership.become(Ownership.RUNNING)
-            self._try_to_go_on()
+            self._ownership.become(self._runs_as)
+        # Without the lock: records may still come.
+        self._try_to_go_on()
+        self._note()
+
+    @property
+    def _runs_as(self) -> Ownership:
+        """What it becomes when it runs."""
+        return Ownership.RUNNING
+
+    def _note(self) -> None:
+        """Tell who waits that it is otherwise."""
         with self._changed:
             self._changed.notify_all()
         self._told()
@@ -185,9 +195,7 @@ class Arrival:
             if self.state in (Ownership.RUNNING, Ownership.FILLING):
                 raise ConflictError("the instance runs here")
             self._drop(reason)
-        with self._changed:
-            self._changed.notify_all()
-        self._told()
+        self._note()
 
     def _ask(self, source: Callable[[], PeerState]) -> None:
         answer = answered(source)

@@ -17,7 +17,7 @@ import numpy as np
 from cloudlet.control.arrival import Arrival
 from cloudlet.control.courier import PeerState, answered
 from cloudlet.control.ownership import Ownership, OwnershipFile
-from cloudlet.errors import CloudletError, ConflictError
+from cloudlet.errors import CloudletError
 from cloudlet.hypervisor.driver import ReceivingEarly
 from cloudlet.model import Machine
 from cloudlet.overlay.pages import Numbers, PageBatch, Space
@@ -110,24 +110,9 @@ class EarlyArrival(Arrival):
         """What the guest waits for; see :meth:`WantedPages.ask`."""
         return self._wanted.ask(after, timeout)
 
-    def commit(self, epoch: int) -> None:
-        """The machine is this site's, and runs, as far as its memory is here.
-
-        :raises ConflictError: it is not loaded, or it is of another epoch.
-        """
-        with self._loading:
-            record = self._ownership.record
-            if self.state not in (Ownership.RECEIVING, Ownership.LOADED):
-                return
-            if epoch != record.epoch or self.state is not Ownership.LOADED:
-                raise ConflictError(f"the machine is {self.state}, of epoch {record.epoch}")
-            if self._receiving.instance.wait(0):
-                self._drop("its machine ended")
-                return
-            self._ownership.become(Ownership.RUNNING if self._complete else Ownership.FILLING)
-        # Its QEMU waits for pages, too: it does what it is told when they have come.
-        self._try_to_go_on()
-        self._note()
+    @property
+    def _runs_as(self) -> Ownership:
+        return Ownership.RUNNING if self._complete else Ownership.FILLING
 
     def watch(self, source: Callable[[], PeerState], patience: float) -> None:
         """See to it, while pages are missing, that nobody waits for ever.
@@ -207,6 +192,4 @@ class EarlyArrival(Arrival):
 
     def _note(self) -> None:
         self._wanted.note()
-        with self._changed:
-            self._changed.notify_all()
-        self._told()
+        super()._note()

@@ -87,8 +87,6 @@ class Round:
     bytes: int = 0
     """On the wire."""
     seconds: float = 0.0
-    whole: bool = True
-    """Whether all pages were looked at."""
 
 
 class Pace:

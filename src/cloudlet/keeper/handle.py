@@ -39,7 +39,7 @@ _ENVIRONMENT = {
     # One thread, or a fork would not be safe.
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
-    # An arena for each thread would keep what each has freed: 8 MiB more in a hand-off (measured).
+    # An arena for each thread would keep what each has freed: 6 MiB more in a hand-off (measured).
     "MALLOC_ARENA_MAX": "2",
 }
 """Of the nursery and all keepers."""

@@ -23,6 +23,7 @@ housekeeping.py what one process does for all
 shutdown.py     the machine is shut down, and is back
 draining.py     the site is to become empty
 emptying.py     what runs is handed off to peers, and what becomes of each
+underway.py     what is on its way, as refusals name it
 placing.py      who could take which instance, and which is first
 leases.py       what time does to instances
 webhooks.py     events that are pushed, until they arrive or are given up

@@ -123,18 +123,11 @@ class Drain(SiteCommand, Lister):
         if remain:
             self._some_remain = True
             self.say(f"instances that found no place, and stay: {remain}")
-        return shown.table(_ENTRY, entries, _reasoned)
+        return shown.table(_ENTRY, entries, lambda entry: entry)
 
 
 def _entries(operation: Operation) -> list[Mapping[str, Any]]:
     return list((operation.output or {}).get("instances", ()))
-
-
-def _reasoned(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An instance with a reason, also where it is only that it did not run."""
-    if entry["result"] == _NOT_RUNNING and not entry["reason"]:
-        return {**entry, "reason": entry["state"]}
-    return entry
 
 
 def _said(entry: Mapping[str, Any]) -> str:

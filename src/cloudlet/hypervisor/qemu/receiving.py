@@ -31,6 +31,7 @@ class QemuReceiving:
         """Wait for the network and the base's RAM, and open the stream."""
         self._starting.wait()
         self._stream.open()
+        self.instance.state()  # the monitor's first answer takes longest, and is not for the pause
 
     def pages(self, batch: PageBatch) -> None:
         """Load pages; of one that comes again the last content counts."""
@@ -64,7 +65,7 @@ def load_and_stay(instance: QemuInstance, target: Stream, disk: GrowingQcow2, de
     :raises MismatchError: the device state is not one of the base's machine; QEMU has not seen it.
     :raises FailedError: QEMU refused the device state.
     """
-    instance.monitor.prepare()  # meanwhile
+    instance.monitor.prepare()  # it was given back if nobody has asked for a while
     with full_disk_is_capacity():
         disk.finish()
     disk.close()

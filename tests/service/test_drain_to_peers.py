@@ -397,7 +397,7 @@ def test_an_operator_at_the_command_line(sites: Sites, monkeypatch: pytest.Monke
         ids, ("not_running", "moved")
     )
     refused = users("paula", "drain", "--to", "west")
-    assert "paula may not list peers (" in refused.err
+    assert "paula may not do cloudlet:peers:list (" in refused.err
     begun = users.json("root", "--quiet", "drain", "--no-wait")
     assert [row["kind"] for row in begun] == ["cloudlet.drain"]
     assert users("root", "operation", "show", begun[0]["id"], "--wait").status == 0

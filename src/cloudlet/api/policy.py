@@ -135,7 +135,8 @@ class Policy:
             raise NotFoundError(f"there is no {rows.noun} {target.id}", hint=rows.listed_by)
         if not self.allows(operation.rule, who, target):
             raise RefusedError(
-                f"{who.user_id or 'nobody'} may not do this", hint="ask the provider for the role"
+                f"{who.user_id or 'nobody'} may not do {operation.rule}",
+                hint="ask the provider for the role",
             )
 
 

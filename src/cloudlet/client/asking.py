@@ -83,8 +83,7 @@ class Asking(proxy.Proxy):
             with suppress(NotFoundError):
                 return self._get(kind, name_or_id)
         noun = kind.resource_key
-        with faults.doing(f"list {noun}s"):
-            found = list(self._list(kind, name=name_or_id))
+        found = list(self._list(kind, name=name_or_id))
         if not found:
             raise NotFoundError(f"there is no {noun} {name_or_id!r} at this site", hint=f"list the {noun}s")
         if len(found) > 1:

@@ -97,20 +97,6 @@ def coded(code: str, detail: str, otherwise: type[CloudletError] = FailedError) 
 
 
 @contextmanager
-def doing(what: str) -> Iterator[None]:
-    """Have a refusal say what was refused, for who asks for several things one after the other.
-
-    :param what: as it follows "may not": ``list peers``.
-    """
-    try:
-        yield
-    except RefusedError as error:
-        error.message = error.message.replace("may not do this", f"may not {what}")
-        error.args = (error.message,)
-        raise
-
-
-@contextmanager
 def translated(where: str = "the site") -> Iterator[None]:
     """Raise what the libraries below raise as errors of ours.
 

@@ -167,8 +167,7 @@ class Proxy(Publishing):
         where = id_of(peer)
         whom = {"peer_id" if is_id(where) else "peer_name": where}
         body = {"handoff": {"instance_id": id_of(instance), **whom, **terms}}
-        with faults.doing("hand instances off"):
-            return self._begun(self.post("/handoffs", json=body, headers=retry_headers(retry_key)))
+        return self._begun(self.post("/handoffs", json=body, headers=retry_headers(retry_key)))
 
     def handoffs(self, **query: Any) -> Iterator[Handoff]:
         """All hand-offs with these values."""

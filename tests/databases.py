@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -27,7 +28,8 @@ def postgresql(folder: Path) -> Iterator[str]:
     user = _owned_by("postgres", folder)
     _run([programs / "initdb", "--pgdata", data, "--auth=trust", "--username=root", "--no-sync"], user)
     options = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={folder}", "-c", "fsync=off"]
-    with _server([programs / "postgres", "-D", data, *options], user, folder):
+    # At SIGTERM it would wait until its last client goes.
+    with _server([programs / "postgres", "-D", data, *options], user, folder, signal.SIGINT):
         _listening(folder / ".s.PGSQL.5432")
         yield _ready(f"postgresql+psycopg2://root@/{{name}}?host={folder}", "postgres")
 
@@ -44,11 +46,14 @@ def mariadb(folder: Path) -> Iterator[str]:
             "mariadb-install-db",
             "--no-defaults",
             f"--datadir={data}",
+            # At its start a server removes what any other has in their common folder.
+            f"--tmpdir={folder}",
             "--auth-root-authentication-method=normal",
         ],
         user,
     )
     options = [f"--datadir={data}", f"--socket={place}", "--skip-networking", "--skip-log-bin"]
+    options += [f"--tmpdir={folder}"]
     options += ["--innodb-flush-log-at-trx-commit=0", f"--pid-file={folder / 'pid'}"]
     with _server([server, "--no-defaults", *options], user, folder):
         _listening(place)
@@ -89,7 +94,9 @@ def _run(command: Sequence[str | Path], user: str | None) -> None:
 
 
 @contextmanager
-def _server(command: Sequence[str | Path], user: str | None, folder: Path) -> Iterator[None]:
+def _server(
+    command: Sequence[str | Path], user: str | None, folder: Path, ending: signal.Signals = signal.SIGTERM
+) -> Iterator[None]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             command, user=user, cwd="/", stdout=log, stderr=log, stdin=subprocess.DEVNULL
@@ -97,7 +104,7 @@ def _server(command: Sequence[str | Path], user: str | None, folder: Path) -> It
     try:
         yield
     finally:
-        process.terminate()
+        process.send_signal(ending)
         process.wait(DEADLINE)
 
 
@@ -118,8 +125,9 @@ def _ready(url: str, name: str) -> str:
     while True:
         try:
             with engine.connect():
-                engine.dispose()
-                return url.format(name=name)
+                pass
+            engine.dispose()
+            return url.format(name=name)
         except sa.exc.OperationalError:
             assert time.monotonic() < deadline, "the database does not answer"
             time.sleep(0.1)

@@ -30,6 +30,7 @@ MARKER = "CLOUDLET_INSTANCE"
 """Environment variable that names the workspace in every process started for it."""
 
 _LOCK = "lock"
+_ENVIRONMENT_END = 48  # env_end of proc_pid_stat(5), counted from the state: an address
 _RECORD = "record.json"
 
 
@@ -270,8 +271,23 @@ def processes_of(path: Path) -> list[ProcessId]:
         if not entry.name.isdecimal() or int(entry.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            if marker in (entry / "environ").read_bytes() + b"\0":
+            if marker in _environment_of(entry) + b"\0":
                 found.append(ProcessId.of(int(entry.name)))
+    return found
+
+
+def _environment_of(entry: Path) -> bytes:
+    """The environment of a process, ``entry`` being its folder below ``/proc``; empty where it has none.
+
+    A program that was just started has none until the kernel has laid out its stack, and on a busy machine
+    that can be after whoever started it goes on: this waits for it.
+    """
+    deadline = time.monotonic() + 1.0
+    while not (found := (entry / "environ").read_bytes()) and time.monotonic() < deadline:
+        (entry / "exe").readlink()  # neither a zombie nor a thread of the kernel has one
+        if int(_stat_fields(int(entry.name))[_ENVIRONMENT_END]):
+            break  # it was started without any
+        time.sleep(0.001)
     return found
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -70,6 +70,31 @@ def wait_for_processes(path: Path, number: int) -> list[ProcessId]:
     while len(found := processes_of(path)) != number:
         assert time.monotonic() < deadline, found
     return found
+
+
+def test_a_process_that_was_just_started_is_found(tmp_path: Path) -> None:
+    """Whoever starts a program goes on before the kernel has given it its environment.
+
+    Here the two share a processor, and, where we may have it so, the program gets it only while we sleep.
+    """
+    with first_on_one_processor():
+        for _ in range(20):
+            with sleeping(**{MARKER: str(tmp_path)}) as process:
+                assert [found.pid for found in processes_of(tmp_path)] == [process.pid]
+
+
+@contextmanager
+def first_on_one_processor() -> Iterator[None]:
+    processors = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(processors)})
+    with suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        os.sched_setaffinity(0, processors)
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:

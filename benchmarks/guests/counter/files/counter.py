@@ -1,13 +1,12 @@
 """A stateful application, in the guest: it counts, it holds things, and it changes as much as it is told.
 
 Port 9094 answers each line with the number of lines that were ever answered. Port 9093 is HTTP:
-``/held`` gives the digest of all that it holds and never changes, ``/busy?mib=N`` has it overwrite N MiB
+``/held`` gives the CRC-32 of all that it holds and never changes, ``/busy?mib=N`` has it overwrite N MiB
 per second of a buffer of 48 MiB, round and round, until it is told another number; ``/alloc?mib=N`` holds N
 MiB more, ``/disk?mib=N`` writes N MiB to the disk. A page that it makes is one random kB four times: it
-compresses to a quarter.
+compresses to a quarter. While it has nothing to change it sleeps, so that many of them fit on a machine.
 """
 
-import hashlib
 import http.server
 import itertools
 import json
@@ -16,6 +15,7 @@ import random
 import socketserver
 import threading
 import time
+import zlib
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -40,14 +40,15 @@ class State:
         for _ in range(BUSY_MIB):
             self.buffer += pages(MIB // PAGE)
         self.busy_mib = 0.0
+        self.is_busy = threading.Event()
         self.counted = itertools.count(1)
         self.files = itertools.count()
 
     def digest(self) -> str:
-        digest = hashlib.sha256()
+        digest = 0
         for part in self.held:
-            digest.update(part)
-        return digest.hexdigest()
+            digest = zlib.crc32(part, digest)
+        return f"{digest:08x}"
 
     def alloc(self, mib: int) -> None:
         for _ in range(mib):
@@ -63,7 +64,7 @@ class State:
     def be_busy(self) -> None:
         """Overwrite the buffer at the rate that is asked for, for ever."""
         at, owed, last = 0, 0.0, time.monotonic()
-        while True:
+        while self.is_busy.wait():
             time.sleep(TICK)
             now = time.monotonic()
             owed = min(owed + (now - last) * self.busy_mib * MIB / PAGE, self.busy_mib * MIB / PAGE)
@@ -86,6 +87,7 @@ class Told(http.server.BaseHTTPRequestHandler):
             answer = {"digest": STATE.digest(), "mib": sum(map(len, STATE.held)) // MIB}
         elif asked.path == "/busy":
             STATE.busy_mib = float(mib)
+            (STATE.is_busy.set if mib else STATE.is_busy.clear)()
         elif asked.path == "/alloc":
             STATE.alloc(mib)
         elif asked.path == "/disk":

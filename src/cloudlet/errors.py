@@ -77,6 +77,26 @@ class RefusedError(CloudletError):
     exit_code = ExitCode.REFUSED
 
 
+class CreditError(RefusedError):
+    """It costs more than is left. Amounts are in millionths of the currency's unit."""
+
+    usual_hint = "redeem a voucher, or have the invoice's limit raised"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        available: int = 0,
+        wanted: int = 0,
+        currency: str = "",
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.available = available
+        self.wanted = wanted
+        self.currency = currency
+
+
 class ConflictError(CloudletError):
     """It cannot be done in the present state: a port is taken, a base is in use."""
 

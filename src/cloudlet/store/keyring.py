@@ -83,7 +83,7 @@ class KeyRing:
             raise ConflictError(f"there is a key {name!r} already", hint="cloudlet key list")
         private = Ed25519PrivateKey.generate()
         pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        _write_new(self._signing / f"{name}.pem", pem, 0o600)
+        write_new(self._signing / f"{name}.pem", pem, 0o600)
         try:
             self._write_trusted(name, private.public_key())
         except BaseException:
@@ -184,7 +184,7 @@ class KeyRing:
         path = self._trusted / f"{name}.pub"
         if path.exists() and path.read_bytes() == pem:
             return
-        _write_new(path, pem, 0o644)
+        write_new(path, pem, 0o644)
 
 
 def key_id(public: Ed25519PublicKey) -> bytes:
@@ -209,7 +209,11 @@ def _check_name(name: str) -> None:
         raise UsageError(f"{name!r} is not a name for a key", hint="letters, digits, dot, dash, underscore")
 
 
-def _write_new(path: Path, content: bytes, mode: int) -> None:
+def write_new(path: Path, content: bytes, mode: int) -> None:
+    """Write a file of a key that is not there yet; all of it, or none.
+
+    :raises ConflictError: it is there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)

@@ -214,6 +214,43 @@ handoffs = sa.Table(
     sa.Column("told", sa.JSON),
     sa.Column("error", sa.JSON),
 )
+accounts = sa.Table(
+    "accounts",
+    METADATA,
+    *_owned(),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("currency", sa.String(3), nullable=False),
+    sa.Column("available", sa.BigInteger, nullable=False),
+    sa.Column("reserved", sa.BigInteger, nullable=False),
+    sa.Column("lowest", sa.BigInteger),
+    sa.UniqueConstraint("project_id", "user_id", "kind", "currency"),
+)
+ledger_transactions = sa.Table(
+    "ledger_transactions",
+    METADATA,
+    sa.Column("number", _SEQUENCE, primary_key=True, autoincrement=False),
+    sa.Column("time", Utc, nullable=False),
+    sa.Column("kind", sa.String(20), nullable=False),
+    sa.Column("key", sa.String(120), nullable=False, unique=True),
+    sa.Column("subject", sa.String(36), nullable=False, index=True),
+    sa.Column("detail", sa.JSON, nullable=False),
+    sa.Column("digest", _DIGEST, nullable=False),
+)
+ledger_entries = sa.Table(
+    "ledger_entries",
+    METADATA,
+    sa.Column(
+        "number",
+        _SEQUENCE,
+        sa.ForeignKey("ledger_transactions.number"),
+        primary_key=True,
+        autoincrement=False,
+    ),
+    sa.Column("line", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("account_id", _ID, sa.ForeignKey("accounts.id"), nullable=False, index=True),
+    sa.Column("part", sa.String(9), nullable=False),
+    sa.Column("amount", sa.BigInteger, nullable=False),
+)
 facts = sa.Table(
     "facts",
     METADATA,

@@ -18,6 +18,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from cloudlet.admission.signed import SIGNATURE_ONLY
 from cloudlet.errors import RefusedError
 from cloudlet.store.token_keys import base64url, thumbprint
 
@@ -28,10 +29,6 @@ MOST_LETTERS = 4096
 _MOST_ID_LETTERS = 128
 _PRIVATE = {"d", "p", "q", "dp", "dq", "qi", "k", "oth"}
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-_SIGNATURE_ONLY = {
-    "verify_signature": True,
-    **{f"verify_{claim}": False for claim in ("exp", "nbf", "iat", "aud", "iss", "sub", "jti")},
-}
 
 
 class ProofError(RefusedError):
@@ -94,7 +91,7 @@ def verify(
     algorithm, jwk = _header_of(proof)
     try:
         key = jwt.PyJWK(dict(jwk), algorithm)
-        claims = jwt.decode(proof, key, algorithms=[algorithm], options=_SIGNATURE_ONLY)
+        claims = jwt.decode(proof, key, algorithms=[algorithm], options=SIGNATURE_ONLY)
     except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
         raise ProofError("the proof is not signed by the key that it shows") from error
     proof_id = claims.get("jti")

@@ -17,8 +17,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from cloudlet.admission import access, dpop
-from cloudlet.admission.access import Access, AccessError, ExpiredError
+from cloudlet.admission.access import Access
 from cloudlet.admission.dpop import ProofError, ProofTimeError
+from cloudlet.admission.signed import MOST_LETTERS, ExpiredError, SignedError
 from cloudlet.errors import NotFoundError, UsageError
 from cloudlet.store.token_keys import TokenKeys, base64url, jwk_of, thumbprint
 from cloudlet.store.tokens import Seen, TokenError
@@ -78,14 +79,14 @@ def test_a_token_outlives_a_rotation_and_not_its_key(keys: TokenKeys) -> None:
     assert keys.signer()[0] != kid
     verified(token, keys)
     keys.retire(kid)
-    with pytest.raises(AccessError, match="not trusted"):
+    with pytest.raises(SignedError, match="not trusted"):
         verified(token, keys)
 
 
 def test_another_site_of_the_provider_verifies_with_its_set_of_keys(keys: TokenKeys, tmp_path: Path) -> None:
     other = TokenKeys(tmp_path / "other")
     token = access.sign(said(), *keys.signer())
-    with pytest.raises(AccessError, match="not trusted"):
+    with pytest.raises(SignedError, match="not trusted"):
         verified(token, other)
     new = other.trust(json.loads(json.dumps(keys.jwks())))
     assert new == [keys.signer()[0]]
@@ -122,13 +123,13 @@ def _hmac(token: str, keys: TokenKeys) -> str:
 REFUSED: dict[str, tuple[Callable[[str, TokenKeys], str], str]] = {
     "no token": (lambda token, keys: "x", "no token"),
     "an empty one": (lambda token, keys: "", "no token"),
-    "a long one": (lambda token, keys: token + "A" * access.MOST_LETTERS, "too long"),
+    "a long one": (lambda token, keys: token + "A" * MOST_LETTERS, "too long"),
     "alg none": (lambda token, keys: _none(token), "changed"),
     "alg HS256": (_hmac, "changed"),
     "a kid outside": (lambda token, keys: _header(token, kid="../../../etc/shadow"), "not trusted"),
     "a kid that is no text": (lambda token, keys: _header(token, kid=["x"]), "no token|not trusted"),
     "a URL of keys": (lambda token, keys: _header(token, kid="x", jku="http://evil.example"), "not trusted"),
-    "of another type": (lambda token, keys: _header(token, typ="JWT"), "no access token"),
+    "of another type": (lambda token, keys: _header(token, typ="JWT"), "no token, but something else"),
     "another body": (lambda token, keys: token.replace(".", ".e", 1), "changed"),
     "another signature": (lambda token, keys: token[:-4] + "AAAA", "changed"),
 }
@@ -139,32 +140,32 @@ def test_what_is_no_token_of_the_provider_is_refused(kind: str, keys: TokenKeys)
     change, reason = REFUSED[kind]
     token = access.sign(said(), *keys.signer())
     verified(token, keys)
-    with pytest.raises(AccessError, match=reason):
+    with pytest.raises(SignedError, match=reason):
         verified(change(token, keys), keys)
 
 
 def test_a_token_that_another_key_signed_is_refused(keys: TokenKeys, tmp_path: Path) -> None:
     forger = TokenKeys(tmp_path / "forger")
     forger.rotate()
-    with pytest.raises(AccessError, match="not trusted"):
+    with pytest.raises(SignedError, match="not trusted"):
         verified(access.sign(said(), *forger.signer()), keys)
-    with pytest.raises(AccessError, match="changed"):  # under the name of one that is trusted
+    with pytest.raises(SignedError, match="changed"):  # under the name of one that is trusted
         verified(access.sign(said(), keys.signer()[0], forger.signer()[1]), keys)
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "reason"),
     [
-        ({"issuer": "https://other.example.org"}, AccessError, "another provider"),
-        ({"audience": frozenset({"another"})}, AccessError, "another cloudlet"),
-        ({"audience": frozenset()}, AccessError, "another cloudlet"),
-        ({"issued_at": int(NOW + SKEW) + 2}, AccessError, "future"),
+        ({"issuer": "https://other.example.org"}, SignedError, "another provider"),
+        ({"audience": frozenset({"another"})}, SignedError, "another cloudlet"),
+        ({"audience": frozenset()}, SignedError, "another cloudlet"),
+        ({"issued_at": int(NOW + SKEW) + 2}, SignedError, "future"),
         ({"expires_at": int(NOW - SKEW)}, ExpiredError, "expired"),
-        ({"user_id": ""}, AccessError, "does not say sub"),
-        ({"project_id": "p" * 300}, AccessError, "does not say project"),
-        ({"thumbprint": "../x"}, AccessError, "bound in a way"),
-        ({"expires_at": True}, AccessError, "does not say exp"),
-        ({"issued_at": -1}, AccessError, "does not say iat"),
+        ({"user_id": ""}, SignedError, "does not say sub"),
+        ({"project_id": "p" * 300}, SignedError, "does not say project"),
+        ({"thumbprint": "../x"}, SignedError, "bound in a way"),
+        ({"expires_at": True}, SignedError, "does not say exp"),
+        ({"issued_at": -1}, SignedError, "does not say iat"),
     ],
 )
 def test_a_token_for_others_or_another_time_is_refused(
@@ -184,7 +185,7 @@ def test_a_claim_that_cannot_be_understood_is_not_passed_over(
     kid, private = keys.signer()
     claims = said().claims() | {claim: value}
     token = jwt.encode(claims, private, "EdDSA", headers={"typ": access.TYPE, "kid": kid})
-    with pytest.raises(AccessError):
+    with pytest.raises(SignedError):
         verified(token, keys)
 
 

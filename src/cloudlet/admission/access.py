@@ -2,8 +2,8 @@
 
 A token has the claims of RFC 9068: ``iss`` (the provider), ``sub`` (the user), ``aud`` (the cloudlets it is
 for, or all of the provider's), ``client_id`` (the device), ``scope``, ``iat``, ``exp``, ``jti``. Beside them
-stand ``project``, ``offer`` (the offer that it is for) and ``cnf.jkt``, the thumbprint of the device's own key:
-whoever shows the token proves with it, for each request, that they have that key
+stand ``project``, ``offer`` (the offer that it is for) and ``cnf.jkt``, the thumbprint of the device's own
+key: whoever shows the token proves with it, for each request, that they have that key
 (:mod:`~cloudlet.admission.dpop`). Where an offer allows it there is no ``cnf``: the token alone is enough.
 """
 

@@ -1,4 +1,4 @@
-"""What a provider signs: access tokens, invitations, vouchers. Each is a JWT (EdDSA, RFC 8037) of its own type.
+"""What a provider signs: access tokens, invitations, vouchers: JWTs (EdDSA, RFC 8037), each of its own type.
 
 Whoever has the provider's set of keys can look at them without asking anybody. The key is looked up by its
 name among those that are trusted; nothing else that a header says is followed.

@@ -1,4 +1,4 @@
-"""Accounts, and the ledger that says why they have what they have."""
+"""Accounts, the ledger that says why they have what they have, meters, and what they have counted."""
 
 from __future__ import annotations
 
@@ -57,7 +57,51 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("number", "line", name=op.f("pk_ledger_entries")),
     )
+    op.create_table(
+        "meters",
+        sa.Column("instance_id", sa.String(length=36), nullable=False),
+        sa.Column("project_id", sa.String(length=255), nullable=False),
+        sa.Column("user_id", sa.String(length=255), nullable=False),
+        sa.Column("account_id", sa.String(length=36), nullable=True),
+        sa.Column("offer_id", sa.String(length=36), nullable=False),
+        sa.Column("offer_version", sa.Integer(), nullable=False),
+        sa.Column("price", sa.JSON(), nullable=False),
+        sa.Column("interval_seconds", sa.Integer(), nullable=False),
+        sa.Column("state", sa.String(length=8), nullable=False),
+        sa.Column("boot", sa.String(length=36), nullable=False),
+        sa.Column("clock_ns", sa.BigInteger(), nullable=False),
+        sa.Column("elapsed_ns", sa.BigInteger(), nullable=False),
+        sa.Column("counted_until", Utc(), nullable=True),
+        sa.Column("seconds", sa.BigInteger(), nullable=False),
+        sa.Column("charged", sa.BigInteger(), nullable=False),
+        sa.Column("waived", sa.BigInteger(), nullable=False),
+        sa.Column("reserved", sa.BigInteger(), nullable=False),
+        sa.Column("intervals", sa.Integer(), nullable=False),
+        sa.Column("postings", sa.Integer(), nullable=False),
+        sa.ForeignKeyConstraint(["account_id"], ["accounts.id"], name=op.f("fk_meters_account_id")),
+        sa.PrimaryKeyConstraint("instance_id", name=op.f("pk_meters")),
+    )
+    op.create_table(
+        "usage",
+        sa.Column("instance_id", sa.String(length=36), nullable=False),
+        sa.Column("interval", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("project_id", sa.String(length=255), nullable=False),
+        sa.Column("user_id", sa.String(length=255), nullable=False),
+        sa.Column("offer_id", sa.String(length=36), nullable=False),
+        sa.Column("offer_version", sa.Integer(), nullable=False),
+        sa.Column("began_at", Utc(), nullable=False),
+        sa.Column("ended_at", Utc(), nullable=False),
+        sa.Column("seconds", sa.BigInteger(), nullable=False),
+        sa.Column("amount", sa.BigInteger(), nullable=False),
+        sa.Column("waived", sa.BigInteger(), nullable=False),
+        sa.Column("currency", sa.String(length=3), nullable=False),
+        sa.Column("price", sa.JSON(), nullable=False),
+        sa.Column("transaction", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("instance_id", "interval", name=op.f("pk_usage")),
+    )
     for table, columns in (
+        ("meters", ("user_id", "account_id", "offer_id", "state")),
+        ("usage", ("project_id", "user_id", "offer_id", "began_at")),
         ("accounts", ("project_id", "user_id")),
         ("ledger_transactions", ("subject",)),
         ("ledger_entries", ("account_id",)),

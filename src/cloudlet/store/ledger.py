@@ -199,7 +199,7 @@ def set_lowest(connection: Connection, account: Account, lowest: int, key: str, 
 def find(connection: Connection, key: str) -> Transaction | None:
     """The transaction with a key."""
     row = connection.execute(_BY_KEY, {"wanted": key}).one_or_none()
-    return Transaction(*row, entries=_entries_of(connection, row.number)) if row else None
+    return replace(Transaction(*row), entries=_entries_of(connection, row.number)) if row else None
 
 
 def of_account(
@@ -370,4 +370,4 @@ def _all(connection: Connection) -> Iterator[Transaction]:
     for _, together in groupby(connection.execute(query), key=lambda row: row.number):
         rows = list(together)
         entries = tuple(Entry(owner, Part(part), amount) for *_, owner, part, amount in rows if owner)
-        yield Transaction(*rows[0][: len(_COLUMNS)], entries=entries)
+        yield replace(Transaction(*rows[0][: len(_COLUMNS)]), entries=entries)

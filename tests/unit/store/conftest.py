@@ -8,7 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
+from cloudlet.store import tables
 from cloudlet.store.database import Database
 from tests import databases
 
@@ -35,19 +38,58 @@ class _Servers(dict[str, str]):
 
 
 @pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
-def database_url(request: pytest.FixtureRequest, servers: dict[str, str], tmp_path: Path) -> Iterator[str]:
-    """The URL of an empty database."""
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'site.sqlite'}"
-        return
-    with databases.database_of(servers[request.param], f"test{next(_numbers)}") as url:
-        yield url
+def kind(request: pytest.FixtureRequest) -> str:
+    """Of the test's database."""
+    return str(request.param)
 
 
 @pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
-    """A database with a site's tables."""
-    opened = Database(database_url)
-    opened.create()
+def database_url(kind: str, servers: dict[str, str], tmp_path: Path) -> Iterator[str]:
+    """The URL of a database in which there is nothing at all."""
+    if kind == "sqlite":
+        yield f"sqlite:///{tmp_path / 'site.sqlite'}"
+        return
+    with databases.database_of(servers[kind], f"test{next(_numbers)}") as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def made(servers: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The URL, by kind, of a server's database with a site's tables: to make them takes a second."""
+    with ExitStack() as stack:
+        yield _Made(stack, servers)
+
+
+class _Made(dict[str, str]):
+    def __init__(self, stack: ExitStack, servers: dict[str, str]) -> None:
+        super().__init__()
+        self._stack = stack
+        self._servers = servers
+
+    def __missing__(self, kind: str) -> str:
+        url = self[kind] = self._stack.enter_context(databases.database_of(self._servers[kind], "made"))
+        opened = Database(url)
+        opened.create()
+        opened.close()
+        return url
+
+
+@pytest.fixture
+def database(kind: str, made: dict[str, str], tmp_path: Path) -> Iterator[Database]:
+    """A database with a site's tables, and no rows but those that a new one has."""
+    opened = Database(f"sqlite:///{tmp_path / 'site.sqlite'}" if kind == "sqlite" else made[kind])
+    if kind == "sqlite":
+        opened.create()
+    else:
+        opened.write(_empty)
     yield opened
     opened.close()
+
+
+def _empty(connection: Connection) -> None:
+    kept = {"counters", "facts"}
+    for table in reversed(tables.METADATA.sorted_tables):
+        if table.name not in kept:
+            connection.execute(sa.delete(table))
+    connection.execute(sa.update(tables.counters).values(value=0))
+    connection.execute(sa.delete(tables.facts).where(tables.facts.c.name != "site_id"))

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from cloudlet.errors import CapacityError
 from cloudlet.store.tokens import PeerTokens, Seen, TokenError, TokenTimeError, issuer_of, verify
 
 METHOD, PATH = "PUT", "/v1/peer/handoffs/1/records"
@@ -243,7 +244,7 @@ def test_what_is_remembered_has_a_bound(site: Site) -> None:
     first = [site.token() for _ in range(3)]
     for token in first:
         site.look(token, seen=few)
-    with pytest.raises(TokenError, match="too many"):
+    with pytest.raises(CapacityError, match="too many"):
         site.look(site.token(), seen=few)
     for token in first:
         with pytest.raises(TokenError, match="used before"):
@@ -254,8 +255,9 @@ def test_what_cannot_come_again_is_forgotten(site: Site, monkeypatch: pytest.Mon
     few, began = Seen(1), time.monotonic()
     few.add("source", "1")
     monkeypatch.setattr(time, "monotonic", lambda: began + 239)
-    with pytest.raises(TokenError, match="too many"):
+    with pytest.raises(CapacityError, match="too many"):
         few.add("source", "2")
+    few.add("another source", "2")
     monkeypatch.setattr(time, "monotonic", lambda: began + 250)
     few.add("source", "2")
 

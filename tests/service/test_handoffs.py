@@ -106,6 +106,7 @@ def test_while_it_moves_nothing_else_is_done_with_it(sites: Sites, instance: dic
         ("POST", f"{path}/pause", None),
         ("POST", f"{path}/suspend", None),
         ("PATCH", path, {"instance": {"lease_seconds": 60}}),
+        ("PATCH", path, {"instance": {"name": "other", "metadata": {"a": "b"}}}),
         ("DELETE", path, None),
         ("POST", "/v1/handoffs", again),
     ):

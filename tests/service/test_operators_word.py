@@ -98,3 +98,21 @@ def test_what_was_given_away_is_not_given_back(held: Cell) -> None:
     wait_state(held, held.target, "completed")
     wait_state(held, held.source, "completed")
     assert resolve(held, held.target, "give_back") == 409
+
+
+def test_a_peer_that_is_somewhere_else_since_is_asked_there(held: Cell) -> None:
+    """Who waits for its answer hears of the new address, and nobody has to decide anything."""
+    wait_state(held, held.source, "switching")
+    held.towards.cut()
+    path = f"/v1/peers/{held.source.peer_id}"
+    before = held.source.call.get(path)["peer"]["url"]
+    try:
+        moved = {"peer": {"url": f"https://127.0.0.1:{held.towards.target[1]}"}}
+        assert held.source.call("PATCH", path, moved).status_code == 200
+        for site in (held.source, held.target):
+            wait_state(held, site, "completed")
+        assert held.source.call.get(f"/v1/instances/{held.instance_id}")["instance"]["state"] == "moved"
+    finally:
+        held.towards.open()
+        held.towards.mend()
+        assert held.source.call("PATCH", path, {"peer": {"url": before}}).status_code == 200

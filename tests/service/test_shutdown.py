@@ -11,6 +11,9 @@ from pathlib import Path
 import requests
 
 from cloudlet.hypervisor.records import records
+from cloudlet.service import shutdown
+from cloudlet.store.database import Database
+from cloudlet.store.rows import INSTANCES, Instance, InstanceState
 from tests.service.conftest import DEADLINE, Caller, Made
 from tests.service.served import served, settings_file
 
@@ -49,6 +52,16 @@ def test_suspended_before_and_resumed_after(tmp_path: Path, made: Made, hashed: 
         for instance in (active, paused):
             call.done(call.delete(f"/v1/instances/{instance['id']}"))
     assert manage(settings, "suspend").returncode == 0, "nothing runs"
+
+
+def test_what_is_on_its_way_between_sites_is_waited_for(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'site.sqlite'}")
+    database.create()
+    about = {"base_identity": "b" * 64, "memory_bytes": 1 << 20, "disk_bytes": 1 << 30, "cpus": 1}
+    moving = Instance(project_id="p", user_id="u", name="i", state=InstanceState.MOVING, **about)  # type: ignore[arg-type]
+    database.write(lambda connection: INSTANCES.insert(connection, moving))
+    assert [one.id for one in shutdown.still_running(database)] == [moving.id]
+    database.close()
 
 
 def another_boot(database: Path) -> None:

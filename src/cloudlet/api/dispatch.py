@@ -22,7 +22,7 @@ from cloudlet.api import conditions, faults, microversion
 from cloudlet.api.faults import ClockError, NotAcceptableError, RangeError, UnauthenticatedError
 from cloudlet.api.identity import NOBODY, Identity, Strategy, identify_peer, refuse_peer
 from cloudlet.api.microversion import Version
-from cloudlet.api.operation import Answer, Call, Desk, Operation, Slots, Stream, Text
+from cloudlet.api.operation import Answer, Call, Desk, Operation, Slots, Stream, Text, Turns
 from cloudlet.api.policy import Policy
 from cloudlet.errors import CloudletError, NotFoundError, TooLargeError, UsageError, of_the_system
 from cloudlet.service.site import ServedSite
@@ -75,6 +75,7 @@ class Dispatcher:
         desk: Desk,
         waiters: Slots,
         transfers: Slots,
+        turns: Turns,
         measured: Measured = lambda *_: None,
         document: Callable[[], str] = str,
         figures: Callable[[], str] = str,
@@ -85,6 +86,7 @@ class Dispatcher:
         self._desk = desk
         self._waiters = waiters
         self._transfers = transfers
+        self._turns = turns
         self._measured = measured
         self._document = document
         self._figures = figures
@@ -183,6 +185,7 @@ class Dispatcher:
             root=request.root,
             waiters=self._waiters,
             transfers=self._transfers,
+            turns=self._turns,
             document=self._document,
             figures=self._figures,
             allows=lambda rule, row: self.policy.allows(rule, who, row),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -126,6 +127,34 @@ class Slots:
                 self._now -= 1
 
 
+class Turns:
+    """So many at a time that are about the same: one who asks often takes no places of others."""
+
+    def __init__(self, most: int, what: str) -> None:
+        self._most = most
+        self._what = what
+        self._now: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def one(self, about: str) -> Iterator[None]:
+        """Take a turn.
+
+        :raises BusyError: too many have one.
+        """
+        with self._lock:
+            if self._now[about] >= self._most:
+                raise BusyError(f"{self._most} {self._what} already")
+            self._now[about] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._now[about] -= 1
+                if not self._now[about]:
+                    del self._now[about]
+
+
 @dataclass(slots=True)
 class Call:
     """A request, as far as handlers are concerned."""
@@ -138,6 +167,8 @@ class Call:
     """The URL of the service, without a slash at its end."""
     waiters: Slots
     transfers: Slots
+    turns: Turns
+    """Of what a peer asks of a hand-off."""
     document: Callable[[], str]
     """The API as OpenAPI."""
     figures: Callable[[], str]

@@ -11,7 +11,7 @@ from cloudlet.api import openapi
 from cloudlet.api.dispatch import Dispatcher
 from cloudlet.api.figures import Figures
 from cloudlet.api.identity import HttpBasic, Keystone, NoAuth, Strategy
-from cloudlet.api.operation import Desk, Slots
+from cloudlet.api.operation import Desk, Slots, Turns
 from cloudlet.api.policy import Policy
 from cloudlet.api.server import Server
 from cloudlet.api.table import PEERS_TABLE, TABLE
@@ -23,6 +23,10 @@ from cloudlet.service.site import ServedSite
 
 if TYPE_CHECKING:
     from cloudlet.api.keystone import Tokens
+
+
+_TURNS = 4
+"""Of what a peer asks of a hand-off: it sends two batches of records at a time, and may come back to each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,7 @@ def applications(site: ServedSite) -> Applications:
         desk=desk,
         waiters=waiters,
         transfers=transfers,
+        turns=Turns(_TURNS, "requests about this hand-off are answered"),
         measured=figures.measured,
         document=lambda: openapi.text(TABLE),
         figures=figures.text,

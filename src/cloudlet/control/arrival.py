@@ -13,7 +13,7 @@ from io import BytesIO
 
 from cloudlet.control.courier import PeerState, answered
 from cloudlet.control.ownership import DOUBT_SECONDS, Ownership, OwnershipFile
-from cloudlet.errors import CloudletError, ConflictError, FailedError
+from cloudlet.errors import CloudletError, ConflictError, CorruptError, FailedError, of_the_system
 from cloudlet.hypervisor.driver import Receiving
 from cloudlet.overlay.records import Record, RecordKind, read_record
 from cloudlet.overlay.rounds import Ended, RoundReader
@@ -21,12 +21,15 @@ from cloudlet.overlay.rounds import Ended, RoundReader
 _FIRST_ASK, _LONGEST_ASK = 2.0, 5.0
 """Seconds until the source is asked, and between two questions at last."""
 _LOOK_SECONDS, _AGAIN_SECONDS = 0.25, 0.1
-_TURN_SECONDS = 30.0
-"""How long records wait for those before them."""
+_TURN_SECONDS = 5.0
+"""How long records wait for those before them; then the source is told how many have come, to send again."""
 
 
 class Arrival:
     """The target's end of one hand-off."""
+
+    _may_lack = False
+    """Whether it may run before all of its memory is here."""
 
     def __init__(
         self,
@@ -45,6 +48,12 @@ class Arrival:
         self._told = told
         self._changed = threading.Condition()
         self._loading = threading.Lock()
+        self._ended: Ended | None = None
+        """What the last record has proven, until what follows from it is done."""
+        self._loaded = False
+        """Whether its devices are."""
+        self._refusal: CloudletError | None = None
+        """Why it cannot be completed."""
         self._going = threading.Lock()
         """Held while its machine is told to run."""
         self._goes = threading.Event()
@@ -70,16 +79,15 @@ class Arrival:
     def records(self, first: int, body: bytes) -> None:
         """Load whole records, of which the first has the number ``first``; those known are passed over.
 
-        :raises ConflictError: those before them do not come.
+        None is loaded if those before them do not come: :attr:`count` says so.
+
         :raises IntegrityError: they are damaged, or what they make is not what the source has.
         """
         with self._changed:
             self._changed.wait_for(lambda: self.count >= first or not self.takes_records, _TURN_SECONDS)
         with self._loading:
-            if not self.takes_records:
+            if not self.takes_records or self.count < first:
                 return
-            if self.count < first:
-                raise ConflictError(f"records {self.count} to {first - 1} have not come")
             stream, number = BytesIO(body), first
             while (record := read_record(stream, number)) is not None:
                 if number >= self.count:
@@ -212,21 +220,36 @@ class Arrival:
         self._ownership.become(Ownership.DROPPED, reason=reason)
 
     def _take(self, record: Record) -> None:
+        if record.kind is RecordKind.MISSING and not self._may_lack:
+            raise CorruptError(f"record {self.count} leaves pages for later, which was not agreed")
         if record.kind is not RecordKind.END:
             self._reader.take(record)
             return
         try:
-            ended = self._reader.take(record)
-            assert ended
-            self._end(ended)
+            if self._refusal:
+                raise self._refusal
+            # It comes again if what follows from it could not be written down.
+            self._ended = self._ended or self._reader.take(record)
+            assert self._ended
+            self._end(self._ended)
+            self._ended = None
         except CloudletError as error:
             # To send it again would change nothing.
+            self._refusal = error
             self._drop(error.message)
             raise
 
     def _end(self, ended: Ended) -> None:
-        """All has come."""
-        self._receiving.load(ended.device_state)
-        if any(ended.full) and self._receiving.instance.digest() != ended.full:
-            raise FailedError("the whole memory or disk differs from the source's")
+        """All has come; can be done again."""
+        if not self._loaded:
+            self._load_whole(ended)
+            self._loaded = True
         self._ownership.become(Ownership.LOADED)
+
+    def _load_whole(self, ended: Ended) -> None:
+        try:
+            self._receiving.load(ended.device_state)
+            if any(ended.full) and self._receiving.instance.digest() != ended.full:
+                raise FailedError("the whole memory or disk differs from the source's")
+        except OSError as error:
+            raise of_the_system(error) from error

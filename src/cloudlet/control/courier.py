@@ -3,6 +3,10 @@
 Records are put into batches. Two requests are on their way at a time, so that the link is not idle while an
 answer comes back. A batch that may not have arrived is sent again: the other end knows how many records it
 has, and takes none twice. What waits to be sent is bounded; whoever makes more is held up.
+
+To load records may take long, and so may a thin link: a peer is silent only if it does not say what it is
+either, when it is asked beside that. Where nobody can go back any more (:meth:`Courier.persist`) nothing that
+a peer says or does is the end, and what was not loaded is sent again and again.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ _HAS_ALL = "running"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 _DAMAGED_TRIES = 3
 _LOOK_SECONDS = 0.5
+_LEAVE_SECONDS = 1.0
+"""So long who gives up waits for requests that are cut; one that still connects sends nothing any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,9 @@ class Peer(Protocol):
         It answers when there is one, when it is something else, or after ``wait`` seconds. What else it says:
         ``missing`` (how many), ``wanted`` (their numbers) and ``wanted_after``.
         """
+
+    def close(self) -> None:
+        """Cut what is on its way: who waits for an answer has none. It can be asked again."""
 
 
 @dataclass(slots=True)
@@ -109,6 +118,10 @@ class Courier:
         """Seconds in which whoever makes records was held up, since the link carries no more."""
         self.answer = PeerState("receiving", first)
         """What the peer said last."""
+        self.heard = -math.inf
+        """When it answered last, by the monotonic clock."""
+        self.trouble: Exception | None = None
+        """Why records are not taken just now, though they are sent again; not, that the peer is silent."""
         self._peer = peer
         self._stopped = stopped
         self._changed = threading.Condition()
@@ -119,23 +132,43 @@ class Courier:
         self._busy_since = 0.0
         self._free_at = 0.0
         self._error: BaseException | None = None
-        self._closed = False
+        self._closed = threading.Event()
         self._taking = threading.Lock()
         self._threads = [
-            threading.Thread(target=self._run, name="courier", daemon=True) for _ in range(_REQUESTS)
+            threading.Thread(target=self._guard, args=(self._run,), name="courier", daemon=True)
+            for _ in range(_REQUESTS)
         ]
 
     def __enter__(self) -> Courier:
         for thread in self._threads:
             thread.start()
+        threading.Thread(target=self._guard, args=(self._watch,), name="courier-watch", daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._changed:
-            self._closed = True
+            self._closed.set()
             self._changed.notify_all()
+        given_up = kind is not None or self._stopped.is_set()
+        if given_up:
+            self._peer.close()
         for thread in self._threads:
-            thread.join()
+            thread.join(_LEAVE_SECONDS if given_up else None)
+
+    def persist(self) -> None:
+        """Give up for nothing from now on, but when it is stopped.
+
+        :raises CloudletError: it has given up already.
+        """
+        with self._changed:
+            if self._error:
+                raise self._error
+            self.patience = math.inf
+
+    @property
+    def persists(self) -> bool:
+        """Whether it gives up for nothing."""
+        return self.patience == math.inf
 
     def put(self, record: Future[bytes], size: int) -> None:
         """Have a record sent, when it is packed; wait while too much is on its way.
@@ -181,19 +214,35 @@ class Courier:
     def _wait(self, until: Callable[[], bool]) -> None:
         while not (until() or self._error or self._stopped.is_set()):
             self._changed.wait(_LOOK_SECONDS)
+            if self._silent > self.patience:
+                self._error = _unanswered(UnreachableError(f"nothing came for {self.patience:.0f} s"))
         if self._error:
             raise self._error
         if self._stopped.is_set():
             raise FailedError("the hand-off was cancelled")
 
-    def _run(self) -> None:
+    @property
+    def _silent(self) -> float:
+        """For how many seconds something is on its way, and nothing was answered."""
+        return time.monotonic() - max(self.heard, self._busy_since) if self._requests else 0.0
+
+    def _guard(self, run: Callable[[], None]) -> None:
         try:
-            while batch := self._take():
-                self._deliver(batch)
+            run()
         except BaseException as error:
             with self._changed:
                 self._error = self._error or error
                 self._changed.notify_all()
+
+    def _run(self) -> None:
+        while batch := self._take():
+            self._deliver(batch)
+
+    def _watch(self) -> None:
+        """Ask a peer that has not answered for long what it is: to load records may take longer."""
+        while not self._closed.wait(min(_LOOK_SECONDS, self.patience / 8) or _FIRST_PAUSE):
+            if self._silent > self.patience / 2 and answered(self._peer.state):
+                self.heard = time.monotonic()
 
     def _take(self) -> _Batch | None:
         """The next batch, as soon as its first record is packed; None at the end."""
@@ -202,9 +251,9 @@ class Courier:
             most, size, raw, lingered = self._batch_bytes(), 0, 0, False
             while size < most:
                 with self._changed:
-                    while not (self._waiting or records or self._closed or self._error):
+                    while not (self._waiting or records or self._closed.is_set() or self._error):
                         self._changed.wait()
-                    if self._error or self._closed:
+                    if self._error or self._closed.is_set():
                         break
                     if records and not (self._waiting and self._waiting[0].record.done()):
                         if lingered:
@@ -237,25 +286,43 @@ class Courier:
 
     def _sent(self, batch: _Batch) -> PeerState | None:
         """Send a batch until it is loaded; None if nobody wants it any more."""
-        began, pause, damaged = time.monotonic(), _FIRST_PAUSE, 0
-        while not (self._closed or self._error or self._stopped.is_set()):
+        since, taken, pause, damaged = time.monotonic(), -1, _FIRST_PAUSE, 0
+        while not (self._closed.is_set() or self._error or self._stopped.is_set()):
             try:
                 answer = self._peer.records(batch.first, batch.body)
-            except UnreachableError as error:
-                if time.monotonic() > began + self.patience:
-                    raise FailedError(f"the peer does not answer: {error.message}") from error
-            except IntegrityError:
-                damaged += 1
-                if damaged == _DAMAGED_TRIES:
-                    raise
-            else:
+                self.heard = time.monotonic()
                 if answer.records >= batch.first + batch.count or answer.state == _HAS_ALL:
+                    self.trouble = None
                     return answer
                 if answer.state not in _TAKES:
                     raise FailedError(f"the peer has given up: {answer.reason or answer.state}")
+                if answer.records > taken:
+                    since, taken = time.monotonic(), answer.records
+                elif time.monotonic() > since + self.patience:
+                    raise FailedError(f"the peer has {answer.records} records, and takes no more")
+            except UnreachableError as error:
+                if time.monotonic() > since + self.patience:
+                    self._give_up(_unanswered(error))
+            except IntegrityError as error:
+                damaged += 1
+                if damaged >= _DAMAGED_TRIES:
+                    self._give_up(error)
+            except Exception as error:
+                self._give_up(error)
             self._stopped.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
         return None
+
+    def _give_up(self, error: Exception) -> None:
+        """Send nothing any more; it returns only where nothing is the end.
+
+        :raises Exception: the error.
+        """
+        with self._changed:  # either now, or never again
+            if not self.persists:
+                self._error = self._error or error
+                raise error
+            self.trouble = error
 
     def _hold(self, size: int) -> None:
         """Wait for a limited link's turn."""
@@ -285,6 +352,12 @@ class Courier:
                 if answer.records >= self.answer.records or answer.state not in _TAKES:
                     self.answer = answer
             self._changed.notify_all()
+
+
+def _unanswered(error: UnreachableError) -> FailedError:
+    failed = FailedError(f"the peer does not answer: {error.message}")
+    failed.__cause__ = error
+    return failed
 
 
 def answered(call: Callable[[], PeerState]) -> PeerState | None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -86,6 +87,8 @@ class WantedPages:
 class EarlyArrival(Arrival):
     """The target's end of a hand-off that may switch early."""
 
+    _may_lack = True
+
     def __init__(
         self,
         ownership: OwnershipFile,
@@ -159,15 +162,14 @@ class EarlyArrival(Arrival):
             super()._drop(reason)
 
     def _end(self, ended: Ended) -> None:
-        if self._loader:
-            self._filled()
-        elif ended.missing.size:
+        if ended.missing.size:
             self._wanted.lack(ended.missing)
             self._early.lack(ended.missing)
-            self._loader = threading.Thread(
-                target=self._load, args=(ended.device_state,), name="load", daemon=True
-            )
-            self._loader.start()
+            loader = threading.Thread(target=self._load, args=(ended.device_state,), name="load", daemon=True)
+            loader.start()
+            self._loader = loader
+        elif self._loader:
+            self._filled()
         else:
             super()._end(ended)
             self._filled()
@@ -176,12 +178,18 @@ class EarlyArrival(Arrival):
         """Load the devices, beside the records that bring what loading them reads."""
         try:
             self._early.load(device_state)
-            with self._loading:
-                self._ownership.become(Ownership.LOADED)
+            self._write_down(partial(self._ownership.become, Ownership.LOADED))
         except (CloudletError, OSError) as error:
-            with self._loading, suppress(OSError):
-                self._drop(str(error))
+            self._write_down(partial(self._drop, str(error)))
         self._note()
+
+    def _write_down(self, decide: Callable[[], None]) -> None:
+        """Decide something as soon as it can be written down; nobody sends again what it follows from."""
+        while True:
+            with self._loading, suppress(OSError):
+                decide()
+                return
+            time.sleep(_LOOK_SECONDS)
 
     def _filled(self) -> None:
         self._early.complete()

@@ -12,7 +12,6 @@ protocol, and what each end does when the other is silent, is ``docs/formats/han
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -31,8 +30,9 @@ from cloudlet.model import PAGE_BYTES
 
 _HAS_RUN = (Ownership.RUNNING, Ownership.FILLING, Ownership.LOST)
 """The target was told that it may run the machine, though here that is forgotten."""
-_STANDING_SECONDS = 10.0
-"""So long the machine stands still for a peer that does not answer, before it goes on here."""
+_STANDING_SECONDS, _LOADING_SECONDS = 10.0, 90.0
+"""So long the machine stands still for a peer that does not answer, and for one that answers and loads; then
+it goes on here."""
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
 _LOOK_SECONDS = 0.25
 _TELL_SECONDS = 1.0
@@ -52,7 +52,7 @@ class Progress:
     in_doubt: bool = False
     """Whether it waits for the peer's word, or an operator's, with the machine standing still."""
     error: str = ""
-    """Why it waits for an operator."""
+    """Why it waits for an operator, or what keeps it up while pages are missing at the target."""
 
 
 @dataclass(slots=True)
@@ -122,6 +122,8 @@ class Departure:
         """Whether the machine that stays was told to go on."""
         self._asked_again = False
         """Whether the target was told more than once that it may run the machine."""
+        self._courier: Courier | None = None
+        """What takes records over, once the machine was stopped."""
         self._stood_at = self._told_at = 0.0
         self._sent_before = 0
         """Bytes that had been sent when the machine was stopped."""
@@ -148,7 +150,8 @@ class Departure:
                 else:
                     self._switch(sender)
         except BaseException as error:
-            self.revert(_reason_of(error), silent=isinstance(error.__cause__, UnreachableError))
+            silent = isinstance(error.__cause__, UnreachableError) or self._unheard
+            self.revert(_reason_of(error), silent=silent)
             if self.state is Ownership.REVERTED:
                 raise
         return self.conclude()
@@ -191,6 +194,11 @@ class Departure:
         if self.state is Ownership.LOST:
             raise FailedError(f"the instance is lost: {self._ownership.record.reason}")
         return self.state
+
+    @property
+    def _unheard(self) -> bool:
+        """Whether the machine was stopped, and nothing that was sent since has been answered."""
+        return self._courier is not None and self._courier.heard < self._stood_at
 
     def _commit(self) -> PeerState:
         return self._peer.commit(self._ownership.record.epoch)
@@ -372,11 +380,14 @@ class Departure:
 
         with Serving(self._peer, sender.courier, left, sender.bring, end) as serving:
             try:
-                answer = self._loaded(serving)
+                answer = self._loaded(serving, sender.courier)
                 if not self._stands_here():  # what is missing would never come
                     raise FailedError("its machine ended")
+                sender.courier.persist()
+                if serving.error:
+                    raise serving.error
                 self._give_away(answer, sender)
-                sender.courier.patience, serving.hurries = math.inf, False
+                serving.hurries = False
                 self._serving = serving
                 self.conclude()
             finally:
@@ -391,20 +402,32 @@ class Departure:
         self._tell()
         sender.courier.patience = min(sender.courier.patience, _STANDING_SECONDS)
         self._stood_at, self._sent_before = time.monotonic(), sender.courier.sent
+        self._courier = sender.courier
         self._parcel.instance.hold_connections(True)
         device_state, _ = sender.rounds.settle()
         return device_state
 
-    def _loaded(self, serving: Serving) -> PeerState:
-        """What the target says when it has loaded the machine, or has given up."""
+    def _loaded(self, serving: Serving, courier: Courier) -> PeerState:
+        """What the target says when it has loaded the machine, or has given up.
+
+        :raises FailedError: it is silent, or takes too long.
+        """
+        began = time.monotonic()
         while True:
-            answer = serving.hear(_LOOK_SECONDS)
-            if answer and answer.state != Ownership.RECEIVING:
-                return answer
+            answer, now = serving.hear(_LOOK_SECONDS), time.monotonic()
+            if answer:
+                courier.heard = now
+                if answer.state != Ownership.RECEIVING:
+                    return answer
             if serving.error:
                 raise serving.error
             if self._stopped.is_set():
                 raise FailedError("the hand-off was cancelled")
+            if now - max(began, courier.heard) > _STANDING_SECONDS:
+                silence = UnreachableError(f"nothing came for {_STANDING_SECONDS:.0f} s")
+                raise FailedError(f"the peer does not answer: {silence.message}") from silence
+            if now - began > _LOADING_SECONDS:
+                raise FailedError(f"the target has not loaded the machine in {_LOADING_SECONDS:.0f} s")
 
     def _give_away(self, answer: PeerState, sender: Sender) -> None:
         """The target has loaded it: it is the target's."""
@@ -425,11 +448,8 @@ class Departure:
         heard, told, lost = time.monotonic(), 0.0, ""
         while self.state is Ownership.SERVING:
             answer, now = self._hear(), time.monotonic()
-            heard = now if answer else heard
-            if answer and answer.state in (Ownership.LOST, Ownership.DROPPED, "unknown"):
-                lost = answer.reason or "it is gone at the target"
-            elif answer and answer.state == Ownership.FILLING and not self._can_serve():
-                lost = "its machine ended at the source before all of its memory had gone over"
+            if answer:
+                heard, lost = now, self._lost_as_of(answer)
             with self._deciding, suppress(OSError):  # it cannot be written down: it is looked at again
                 if answer and answer.state == Ownership.RUNNING:
                     self._ownership.become(Ownership.COMPLETED)
@@ -439,9 +459,24 @@ class Departure:
                     self._ownership.become(Ownership.LOST, reason=lost or "an operator gave it up")
             if now - told > _LOOK_SECONDS:
                 told, silent = now, now - heard > DOUBT_SECONDS
-                self._tell(self._left_to_serve(), in_doubt=bool(lost) or silent, error=lost)
+                self._tell(
+                    self._left_to_serve(), in_doubt=bool(lost) or silent, error=lost or self._trouble()
+                )
         if self._stood_at:
             self.statistics.serving_seconds = round(time.monotonic() - self._stood_at, 3)
+
+    def _lost_as_of(self, answer: PeerState) -> str:
+        """Why the instance is lost at the target, as that says now; empty: it is not."""
+        if answer.state in (Ownership.LOST, Ownership.DROPPED, "unknown"):
+            return answer.reason or "it is gone at the target"
+        if answer.state == Ownership.FILLING and not self._can_serve():
+            return "its machine ended at the source before all of its memory had gone over"
+        return ""
+
+    def _trouble(self) -> str:
+        """Why pages do not get on just now; empty: they do."""
+        trouble = self._serving.trouble if self._serving else None
+        return _reason_of(trouble) if trouble else ""
 
     def _hear(self) -> PeerState | None:
         """What the target says now; None if it says nothing."""
@@ -491,6 +526,6 @@ class Departure:
 
 def _reason_of(error: BaseException) -> str:
     """Why a hand-off came to nothing, for who reads of it."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError | MemoryError):
         error = of_the_system(error)
     return error.message if isinstance(error, CloudletError) else f"a defect: {error!r}"

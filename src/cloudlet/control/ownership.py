@@ -2,6 +2,9 @@
 
 Both ends' states and what may become of them are those of ``docs/formats/handoff.md``. A record outlives its
 process, so that a later one can say what was decided; and it never goes back.
+
+What is decided within the pause is written beside the record, and not through to the disk. After a power cut
+that file may be empty: it counts only where it can be read and follows from the record, which is whole.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any, Self
 
 from cloudlet.errors import ConflictError, CorruptError
 
-RECORD = "handoff.json"
+RECORD, FOLLOWING = "handoff.json", "handoff.following.json"
 DOUBT_SECONDS = 10.0
 """So long an end waits for the other's word before it says that it is in doubt."""
 
@@ -102,19 +105,26 @@ class Record:
         known["state"] = Ownership(known["state"])
         return cls(**known)
 
+    def follows(self, before: Record) -> bool:
+        """Whether it says what became of ``before`` within the pause."""
+        same = (self.handoff, self.instance, self.epoch) == (before.handoff, before.instance, before.epoch)
+        return same and self.state in _KERNEL_REMEMBERS & _FOLLOWS[before.state]
+
 
 class OwnershipFile:
     """The record of one end, in a folder that is the instance's."""
 
     def __init__(self, folder: Path, record: Record) -> None:
         """Go on with ``record``, which is in the folder already or is written now, whatever is there."""
-        self._path = folder / RECORD
+        self._folder = folder
         self.record = record
         before = None
         with suppress(CorruptError):
             before = read_record(folder)
         if before != record:
             self._write(record)
+            # What followed from the record that was there might follow from this one.
+            (folder / FOLLOWING).unlink(missing_ok=True)
 
     @property
     def state(self) -> Ownership:
@@ -124,37 +134,44 @@ class OwnershipFile:
         """Change the state, in its file, before anything follows from it; it may be that already.
 
         :raises ConflictError: it cannot follow.
-        :raises OSError: it cannot be written, so it is as before.
+        :raises OSError: it cannot be written, so it is as before; or it is written, and the folder could not
+            be: then it is what its file says.
         """
         if state is self.state:
             return
         if state not in _FOLLOWS[self.state]:
             raise ConflictError(f"hand-off {self.record.handoff} is {self.state}, and cannot be {state}")
         record = replace(self.record, state=state, **changes)
-        self._write(record, through=state not in _KERNEL_REMEMBERS)
-        self.record = record
+        if state in _KERNEL_REMEMBERS:
+            self._replace(FOLLOWING, record, through=False)
+            self.record = record
+        else:
+            self._write(record)
 
-    def _write(self, record: Record, *, through: bool = True) -> None:
+    def _write(self, record: Record) -> None:
+        # First: where it cannot be opened, nothing has been changed yet.
+        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._replace(RECORD, record, through=True)
+            self.record = record
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _replace(self, name: str, record: Record, *, through: bool) -> None:
         # Two may note the same end of a keeper at once: each writes a file of its own.
-        descriptor, name = tempfile.mkstemp(prefix=f".{RECORD}-", dir=self._path.parent)
-        new = Path(name)
+        descriptor, made = tempfile.mkstemp(prefix=f".{name}-", dir=self._folder)
+        new = Path(made)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(json.dumps(record.to_json()).encode())
                 file.flush()
                 if through:
                     os.fsync(descriptor)
-            new.replace(self._path)
+            new.replace(self._folder / name)
         except OSError:
             new.unlink(missing_ok=True)
             raise
-        if not through:
-            return
-        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def read_record(folder: Path) -> Record | None:
@@ -163,10 +180,19 @@ def read_record(folder: Path) -> Record | None:
     :raises CorruptError: the record cannot be read: nobody knows who may run the instance.
     """
     try:
-        return Record.from_json(json.loads((folder / RECORD).read_text()))
+        record = _read(folder / RECORD)
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
         raise CorruptError(
             f"{folder / RECORD} cannot be read: {error}", hint="cloudlet handoff resolve"
         ) from error
+    with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
+        following = _read(folder / FOLLOWING)
+        if following.follows(record):
+            return following
+    return record
+
+
+def _read(path: Path) -> Record:
+    return Record.from_json(json.loads(path.read_text()))

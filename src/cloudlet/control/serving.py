@@ -2,7 +2,8 @@
 
 One thread sends, another asks the target which pages its guest waits for. These go first, then what lies
 around them, then what had changed in the last moments at the source, then the rest (:meth:`Left.in_turn`).
-Little is on its way at a time, so that what is waited for is not behind much else.
+Little is on its way at a time, so that what is waited for is not behind much else. Once the machine is given
+away, what fails is tried again until somebody decides otherwise: the instance is lost without these pages.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Self
 import numpy as np
 
 from cloudlet.control.courier import WAITING_BYTES, Courier, Peer, PeerState, answered
-from cloudlet.errors import CloudletError
 from cloudlet.model import PAGE_BYTES
 from cloudlet.overlay.pages import Numbers
 from cloudlet.overlay.rounds import Left
@@ -27,9 +27,10 @@ _WINDOW = 16
 _ON_ITS_WAY_SECONDS = 0.05
 """So much of what the link carries is on its way at a time, but two records at least and in a hurry."""
 _MOST_COMPRESSED = 4.0
-_ASK_SECONDS = 10
-_PAUSE_SECONDS = 0.5
-"""Between two questions of which the first was not answered."""
+_ASK_SECONDS, _ASK_SECONDS_IN_A_HURRY = 10, 2
+"""So long the target may wait until it has something to say."""
+_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 5.0
+"""Between two questions of which the first was not answered, and between two attempts to send."""
 
 
 class Serving:
@@ -90,8 +91,13 @@ class Serving:
 
     @property
     def error(self) -> BaseException | None:
-        """Why nothing is sent any more."""
+        """Why nothing can be sent any more, or just now."""
         return self._error
+
+    @property
+    def trouble(self) -> BaseException | None:
+        """Why nothing gets on just now: at this end, or because the target does not take it."""
+        return self._error or self._courier.trouble
 
     def hear(self, timeout: float) -> PeerState | None:
         """What the target has said since this was asked last, as soon as it says something."""
@@ -101,20 +107,42 @@ class Serving:
             return heard
 
     def _send(self) -> None:
+        pause = _PAUSE_SECONDS
+        while not self._closed:
+            try:
+                self._send_all()
+                return
+            except BaseException as error:
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                    if not self._courier.persists:
+                        return
+                    self._changed.wait_for(lambda: self._closed, pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    def _send_all(self) -> None:
         courier = self._courier
+        while self.missing:
+            courier.most_waiting = self._on_its_way()
+            courier.wait_for_room()
+            if self._closed:
+                return
+            self._bring_some(self._next())
+            self._error = None
+        self._end()
+        courier.flush()
+        self._error = None
+
+    def _bring_some(self, pages: Numbers) -> None:
         try:
-            while self.missing:
-                courier.most_waiting = self._on_its_way()
-                courier.wait_for_room()
-                if self._closed:
-                    return
-                self._bring(self._next())
-            self._end()
-            courier.flush()
-        except CloudletError as error:
+            self._bring(pages)
+        except BaseException:
             with self._changed:
-                self._error = error
-                self._changed.notify_all()
+                again: dict[int, None] = dict.fromkeys(pages.tolist())
+                self._missing.update(again)
+                self._near = again | self._near
+            raise
 
     def _on_its_way(self) -> int:
         """How many bytes of pages, before they are compressed, may be on their way."""
@@ -135,7 +163,8 @@ class Serving:
             self.asked += len(wanted)
             for page in wanted:
                 first = page // _WINDOW * _WINDOW
-                self._near.update(dict.fromkeys(range(first, first + _WINDOW)))
+                around = range(first, first + _WINDOW)
+                self._near.update(dict.fromkeys(near for near in around if near in self._missing))
             some = wanted or self._taken(self._near) or self._taken(self._missing)
             self._put += len(some) * PAGE_BYTES
             return np.array(sorted(some), np.uint32)
@@ -153,16 +182,23 @@ class Serving:
     def _ask(self) -> None:
         after = 0
         while not self._closed:
-            answer = answered(partial(self._peer.wanted, after, _ASK_SECONDS))
+            answer = self._answer(after)
             pages, number = _wish_in(answer)
             with self._changed:
                 if answer:
                     self._heard = answer
-                    self._wanted.update(dict.fromkeys(pages))
+                    self._wanted.update(dict.fromkeys(page for page in pages if page in self._missing))
                     self._changed.notify_all()
                 if number is None:
                     self._changed.wait_for(lambda: self._closed, _PAUSE_SECONDS)
             after = after if number is None else number
+
+    def _answer(self, after: int) -> PeerState | None:
+        wait = _ASK_SECONDS_IN_A_HURRY if self.hurries else _ASK_SECONDS
+        try:
+            return answered(partial(self._peer.wanted, after, wait))
+        except (OSError, MemoryError):  # of this end, which has room again later
+            return None
 
 
 def _wish_in(answer: PeerState | None) -> tuple[list[int], int | None]:

@@ -21,7 +21,7 @@ from cloudlet.control.synthesis import Started, Synthesised, Timings
 from cloudlet.errors import CloudletError, ConflictError, FailedError, NotFoundError
 from cloudlet.hypervisor.driver import Layer, Receiving
 from cloudlet.keeper.control import Control, Progress
-from cloudlet.keeper.correspondence import HttpPeer
+from cloudlet.keeper.correspondence import HttpPeer, Whom, connector
 from cloudlet.keeper.order import ArrivalOrder, KeeperState, Order
 from cloudlet.overlay.known import KnownPages
 from cloudlet.overlay.pages import PageBatch
@@ -41,6 +41,7 @@ class Arriving:
         self._site = site
         self._control = control
         self._arrival: Arrival | None = None
+        self._peer: HttpPeer | None = None
         self._there = threading.Event()
 
     def records(self, message: Mapping[str, Any], _: Progress) -> dict[str, Any]:
@@ -63,6 +64,15 @@ class Arriving:
         self._begun(message).take()
         return self._answer()
 
+    def is_about(self, handoff: str) -> bool:
+        """Whether the machine comes, or came, by this hand-off."""
+        return self._arrival is not None and self._arrival.is_of(handoff)
+
+    def find(self, whom: Whom) -> None:
+        """The source is somewhere else from now on."""
+        assert self._peer
+        self._peer.be_at(connector(whom, self._site.keys))
+
     @contextmanager
     def machine(self, order: Order) -> Iterator[Synthesised]:
         """The machine, once it runs here; it ends when the context is left.
@@ -76,7 +86,7 @@ class Arriving:
         base = self._site.bases.get(root.base)
         with ExitStack() as stack:
             layer = self._layer(coming, root) if coming.holds == "overlay" else None
-            peer = HttpPeer.of(coming.peer, coming.handoff, self._site.keys)
+            peer = self._peer = HttpPeer.of(coming.peer, coming.handoff, self._site.keys)
             stack.callback(peer.close)
             until_whole = stack.enter_context(ExitStack())
             receiving = self._prepare(order, root, base, layer, until_whole, stack)
@@ -114,7 +124,7 @@ class Arriving:
 
     def wanted(self, message: Mapping[str, Any], _: Progress) -> dict[str, Any]:
         """What a machine waits for that runs already."""
-        arrival = self._begun()
+        arrival = self._begun(message)
         if not isinstance(arrival, EarlyArrival):
             raise ConflictError("all of the machine comes before it runs")
         wish = arrival.ask(int(message["after"]), float(message["wait"]))

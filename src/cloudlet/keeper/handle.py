@@ -319,6 +319,9 @@ class Keepers:
             if not forgotten:
                 del self._watched[watched.instance_id]
         folder = self._folder / watched.instance_id
+        if piece:
+            LOG.error("the keeper of %s says more at once than it may", watched.instance_id)
+            return  # whoever looks for keepers listens to it again
         if forgotten or folders.generation(folder) not in (None, watched.generation):
             return
         deadline = time.monotonic() + _END_SECONDS

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,15 +22,16 @@ from cloudlet.control.sending import Parcel
 from cloudlet.control.site import Site
 from cloudlet.control.synthesis import Synthesised
 from cloudlet.errors import CloudletError, ConflictError, NotFoundError
-from cloudlet.forwarder.moved import Forwarding, is_within
+from cloudlet.forwarder.moved import Forwarding
 from cloudlet.hypervisor.driver import Layer, Listener
 from cloudlet.hypervisor.qemu.network import MAX_CONNECTIONS
 from cloudlet.keeper.control import Control, describe_any
-from cloudlet.keeper.correspondence import HttpPeer
+from cloudlet.keeper.correspondence import HttpPeer, Whom, connector
 from cloudlet.keeper.order import Order, raised
 from cloudlet.overlay.index import JoinedIndex, Lookup, index_of_layer
 from cloudlet.overlay.known import KnownPages
 from cloudlet.overlay.pages import Numbers, Space
+from cloudlet.transfer.networks import Networks
 from cloudlet.transfer.source import open_source
 
 Told = Callable[[int, int], None]
@@ -55,8 +58,8 @@ class Leaving:
         """Seconds in which users are shown the way."""
         self._way_shown = False
         """Whether it was tried to show users the way while the machine is kept here."""
-        self._peer_is_within = False
-        """Whether the other site is on this machine: users may be shown a way within it then."""
+        self._peer: HttpPeer | None = None
+        self._whom: Whom = {}
         self._error: CloudletError | None = None
         self._told: dict[str, Any] = {}
 
@@ -104,6 +107,8 @@ class Leaving:
                 if self.busy:
                     raise ConflictError("the instance is being handed off already")
                 self._begin(message)
+            elif self._peer:
+                self.find(message["peer"])
             thread, departure = self._thread, self._departure
         assert thread and departure
         while thread.is_alive():
@@ -112,6 +117,17 @@ class Leaving:
         if self._error:
             raise self._error
         return {"told": self._told, "statistics": asdict(departure.statistics)}
+
+    def find(self, whom: Whom) -> None:
+        """The peer is somewhere else from now on.
+
+        :raises ConflictError: the machine is not being handed off.
+        """
+        if self._peer is None:
+            raise ConflictError("the instance is not being handed off")
+        if whom != self._whom:
+            self._whom = whom
+            self._peer.be_at(connector(whom, self._site.keys))
 
     def stay(self) -> None:
         """Cancel the departure, if there is one, and wait until the machine stays.
@@ -166,7 +182,7 @@ class Leaving:
             stack.close()
             raise
         self._error, self._told, self._way_shown = None, {}, False
-        self._peer_is_within = is_within(urlsplit(message["peer"]["url"]).hostname or "")
+        self._peer, self._whom = peer, message["peer"]
         self._handoff, self.grace = record.handoff, float(message["grace"])
         run = (self._departure, peer, stack)
         self._thread = threading.Thread(target=self._run, args=run, name="departure", daemon=True)
@@ -234,11 +250,7 @@ class Leaving:
                 int(place["guest_port"]): (str(place["host"]), int(place["host_port"]))
                 for place in told.get("endpoints", ())
             }
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-        ):  # not understood: nobody is shown the way
+        except (KeyError, TypeError, ValueError):  # not understood: nobody is shown the way
             places = {}
         ways = [
             (listener, places[endpoint.guest_port])
@@ -246,10 +258,21 @@ class Leaving:
             if endpoint.guest_port in places
         ]
         try:
-            self.forwarding = Forwarding(ways, MAX_CONNECTIONS, within=self._peer_is_within)
-        except (OSError, ValueError, OverflowError):  # no address, or none from here: nobody is shown the way
+            self.forwarding = Forwarding(ways, MAX_CONNECTIONS, self._may_lead_to)
+        except (OSError, ValueError, OverflowError):  # no address, or none for users: nobody is shown the way
             for listener, _ in ways:
                 listener.close()
+
+    def _may_lead_to(self, address: str) -> bool:
+        """Whether users may be shown the way to an address that the peer names.
+
+        It may be the peer's own, as it is asked there; within this machine, where the peer is there, too; or
+        one that URLs may lead to.
+        """
+        host = urlsplit(self._whom["url"]).hostname
+        peers = {str(place[0]) for *_, place in socket.getaddrinfo(host, None)}
+        loops = [ip_address(one.partition("%")[0]).is_loopback for one in (address, *peers)]
+        return address in peers or all(loops) or Networks(self._site.settings.fetch_networks).allows(address)
 
     def _came_to_nothing(self, departure: Departure) -> None:
         """The machine goes on here, or is lost: nobody is shown the way any more."""

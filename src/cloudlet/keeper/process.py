@@ -65,6 +65,7 @@ class Keeper:
             "keep": self._stay_after_all,
             "resume_as_of_switch": self._resume_as_of_switch,
             "give_up": self._give_up,
+            "find": self._find,
             **{name: self._arriving(name) for name in ("records", "commit", "drop", "take", "wanted")},
         }
         self._lives = threading.Event()
@@ -205,9 +206,9 @@ class Keeper:
         self._check_whole()
         return self._leaving.depart(message, progress)
 
-    def _stay(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:
-        if self._leaving:
-            self._leaving.stay()
+    def _stay(self, message: Mapping[str, Any], _: Progress) -> dict[str, Any]:
+        if self._leaving and self._leaving.is_about(str(message.get("handoff"))):
+            self._departing(message).stay()
         return {}
 
     def _stay_after_all(self, message: Mapping[str, Any], _: Progress) -> dict[str, Any]:
@@ -222,9 +223,19 @@ class Keeper:
         self._departing(message).give_up()
         return {}
 
+    def _find(self, message: Mapping[str, Any], _: Progress) -> dict[str, Any]:
+        """The other site of a hand-off is somewhere else."""
+        if self._arrival and self._arrival.is_about(str(message.get("handoff"))):
+            self._arrival.find(message["peer"])
+        else:
+            self._departing(message)
+        return {}
+
     def _departing(self, message: Mapping[str, Any]) -> Leaving:
         if not self._leaving or not self._leaving.is_about(str(message.get("handoff"))):
             raise ConflictError("the instance is not in this hand-off")
+        if "peer" in message:
+            self._leaving.find(message["peer"])
         return self._leaving
 
     def _describe(self, _: Mapping[str, Any], __: Progress) -> dict[str, Any]:

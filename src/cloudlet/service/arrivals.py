@@ -53,7 +53,6 @@ from cloudlet.store.rows import (
     InstanceState,
     Overlay,
     Peer,
-    now,
 )
 from cloudlet.transfer.source import open_source
 
@@ -62,7 +61,14 @@ if TYPE_CHECKING:
 
 LOG = log.getLogger(__name__)
 _GIVEN_AWAY = (Ownership.COMMITTED, Ownership.SERVING, Ownership.COMPLETED)
+_UNKNOWN = "unknown"
+"""What a source says that has no such hand-off."""
+_WENT = (HandoffState.COMPLETED, HandoffState.LOST)
+_MOST_EPOCHS = 10_000
+"""At so many sites an instance may have been since it was here: in the last epoch it could not come back."""
 _ASK_SECONDS = 10.0
+_WHERE_SECONDS = 4.0
+"""Longest wait for a peer's word on where an instance is: who offers it waits too."""
 _WRITE_AFTER = 0.05
 """Seconds after the answer that an instance runs here until its rows say so: the source waits for that."""
 _LOAD_SECONDS = 80.0
@@ -92,7 +98,7 @@ class Arrivals:
 
         :raises MismatchError: it is of another base or machine than there is here.
         :raises NotFoundError: it needs an overlay that is not here.
-        :raises ConflictError: it is here, or was here later than it was there.
+        :raises ConflictError: it is here, or was here later than it was there, or is at another peer.
         :raises CapacityError: it does not fit.
         """
         wanted = offered.instance
@@ -110,10 +116,19 @@ class Arrivals:
             },
         )  # fmt: skip
 
+        elsewhere = self._site.database.read(lambda connection: _went_elsewhere(connection, peer, offered))
+        if elsewhere:
+            self._check_left(elsewhere)
+
         def admit(connection: Connection) -> tuple[Handoff, Any]:
+            capacity.lock(connection)  # first: who offers the same at the same time sees what is written here
             if known := HANDOFFS.find(connection, id=offered.id):
                 _check_peer(known, peer)
+                if known.direction is not Direction.IN:
+                    raise ConflictError(f"hand-off {known.id} leaves there")
                 return known, None
+            if _went_elsewhere(connection, peer, offered) != elsewhere:
+                raise ConflictError(f"instance {wanted['id']} has just moved", hint="offer it again")
             instance = self._admit(connection, wanted, root)
             HANDOFFS.insert(connection, handoff)
             about = {"instance_id": instance.id, "peer_id": peer.id}
@@ -221,7 +236,7 @@ class Arrivals:
         """
         if handoff.state.ended:
             return _ended(handoff)
-        about: dict[str, Any] = {"after": after, "wait": wait}
+        about: dict[str, Any] = {"handoff": handoff.id, "after": after, "wait": wait}
         try:
             said = self._site.keeping.keepers.ask(
                 handoff.instance_id, "wanted", timeout=wait + _ASK_SECONDS, **about
@@ -238,17 +253,33 @@ class Arrivals:
     def take(self, handoff: Handoff) -> PeerState:
         """An operator's word while the source is silent: it runs here, though it may run there too.
 
+        A source that knows nothing of it is as good as silent: nobody can cancel it there.
+
         :raises ConflictError: it is not complete, or it is decided.
         """
         if handoff.state.ended:
             raise ConflictError(f"the hand-off is {handoff.state}: there is nothing to decide")
         said = self._source_says(handoff)
-        if said and said not in _GIVEN_AWAY:
+        if said and said not in (*_GIVEN_AWAY, _UNKNOWN):
             raise ConflictError(
                 f"the source answers, and has not given it away: it is {said}",
                 hint="wait for it, or cancel the hand-off there",
             )
-        return self._ask(handoff, "take", _ASK_SECONDS)
+        taken = self._ask(handoff, "take", _ASK_SECONDS)
+        if said == _UNKNOWN:
+            self._warn(handoff)
+        return taken
+
+    def _warn(self, handoff: Handoff) -> None:
+        """Have the row say what was risked where a source knew nothing of what it had sent."""
+        error = FailedError(
+            "its operator took it, and the source answered that it knows of no such hand-off, as one does "
+            "whose database was restored from before. If the instance runs there, there are two of it",
+            hint="look for it at the source, and have one of them deleted",
+        )
+        self._site.database.write(
+            lambda connection: HANDOFFS.update(connection, handoff.id, error=describe(error))
+        )
 
     def give_back(self, handoff: Handoff) -> PeerState:
         """An operator's word while the source is silent: the copy here is ended, which never ran.
@@ -283,7 +314,8 @@ class Arrivals:
         """What the source is told."""
         handoff = self._site.database.read(lambda connection: HANDOFFS.get(connection, handoff.id))
         if handoff.state.ended or handoff.state is HandoffState.PREPARING:
-            return _ended(handoff)
+            said = _ended(handoff)
+            return replace(said, told={**(said.told or {}), "here": self._has(handoff)})
         record = self._record(handoff)
         if record is None:
             lost, gone = handoff.state is HandoffState.SERVING, FailedError("its machine is gone")
@@ -296,6 +328,10 @@ class Arrivals:
         status = self._site.keeping.status(handoff.instance_id)
         loaded = ((status and status.handoff) or {}).get("records", 0)
         return self._said(handoff, record.state, record.reason, records=loaded)
+
+    def _has(self, handoff: Handoff) -> bool:
+        """Whether the instance is this site's still, which has come by a hand-off."""
+        return handoff.state is HandoffState.COMPLETED and self._site.departures.has(handoff.instance_id)
 
     def look_at(self, instance: Instance, status: Status) -> None:
         """Note what a keeper says of an instance that comes here."""
@@ -321,7 +357,10 @@ class Arrivals:
             before = HANDOFFS.get(connection, handoff.id, lock=True)
             if before.state.ended:
                 return
-            done = HANDOFFS.update(connection, handoff.id, state=HandoffState.REVERTED, error=describe(error))
+            done = HANDOFFS.update(
+                connection, handoff.id, state=HandoffState.REVERTED, error=describe(error),
+                order=before.order_when_reverted,
+            )  # fmt: skip
             journal.emit(connection, "handoff", HandoffState.REVERTED, done, instance_id=done.instance_id)
             with suppress(NotFoundError):
                 instance = INSTANCES.get(connection, handoff.instance_id, lock=True)
@@ -329,6 +368,8 @@ class Arrivals:
                     return
                 if instance.moved_to:
                     INSTANCES.update(connection, instance.id, state=InstanceState.MOVED)
+                elif _was_lost(connection, instance):
+                    INSTANCES.update(connection, instance.id, state=InstanceState.FAILED)
                 else:
                     INSTANCES.delete(connection, instance.id)
 
@@ -468,13 +509,11 @@ class Arrivals:
         """Write into the rows that the instance is this site's."""
         told = {"endpoints": endpoints, "events_after": journal.last_number(connection)}
         wanted = handoff.order["instance"]
-        lease = wanted["lease"]
-        ends = now() + timedelta(seconds=lease["left"]) if lease["left"] is not None else None
         state = InstanceState.PAUSED if handoff.paused else InstanceState.ACTIVE
         after = INSTANCES.update(
             connection, handoff.instance_id, state=state, endpoints=endpoints, epoch=handoff.epoch + 1,
-            moved_to=None, expires_at=ends, lease_seconds=lease["seconds"], warned=lease["warned"],
-            error=None, timings=dict(status.timings) if status else {}, **_described(wanted),
+            moved_to=None, error=None, timings=dict(status.timings) if status else {},
+            **self._lease(handoff), **_described(wanted),
         )  # fmt: skip
         done = HANDOFFS.update(connection, handoff.id, state=shown, told=told)
         journal.emit(connection, "handoff", shown, done, instance_id=after.id)
@@ -483,6 +522,16 @@ class Arrivals:
             handoff_id=handoff.id, from_=handoff.peer_id,
         )  # fmt: skip
         return done
+
+    def _lease(self, handoff: Handoff) -> dict[str, Any]:
+        """What is left of the lease: no more than this site gives, and less what the hand-off took.
+
+        That is measured by this site's clock alone: the other's may be another.
+        """
+        lease, within = handoff.order["instance"]["lease"], self._site.leases.within
+        left = within(lease["left"])
+        ends = handoff.created_at + timedelta(seconds=left) if left is not None else None
+        return {"lease_seconds": within(lease["seconds"]), "expires_at": ends, "warned": lease["warned"]}
 
     def _left_alone(self, handoff: Handoff, record: Record) -> Record:
         """What a keeper that was killed has decided: a machine that never ran is dropped."""
@@ -511,6 +560,10 @@ class Arrivals:
             ) from error
         machine.hypervisor.check(root.machine)
         root.check_base(base.id, base.machine, base.description.sections)
+        if wanted["cpus"] not in (None, root.machine.cpus):
+            raise MismatchError(
+                f"the instance has {wanted['cpus']} CPUs, and the machine of its overlay {root.machine.cpus}"
+            )
         # What is started again when it ended is started from its overlay.
         if (needs == "overlay" or wanted["restart"]) and not self._has_overlay(wanted):
             raise NotFoundError(
@@ -542,15 +595,17 @@ class Arrivals:
         lost = here.state is InstanceState.FAILED and _was_lost(connection, here)
         if here.state is not InstanceState.MOVED and not lost:
             raise ConflictError(f"instance {here.id} is there already, and {here.state}")
+        had = (here.base_identity, here.memory_bytes, here.disk_bytes, here.cpus)
+        if had != (root.base, machine.memory_bytes, machine.disk_bytes, machine.cpus):
+            raise MismatchError(f"instance {here.id} was another machine there")
         return INSTANCES.update(connection, here.id, state=InstanceState.MOVING)
 
     def _check_epoch(self, connection: Connection, wanted: Mapping[str, Any], here: Instance | None) -> None:
         """That the instance has not been here later than where it comes from; also if its row is gone.
 
-        :raises ConflictError: it has.
+        :raises ConflictError: it has, or it says to have been at very many sites since.
         """
-        states = (HandoffState.COMPLETED, HandoffState.LOST)
-        done = HANDOFFS.list(connection, instance_id=wanted["id"], state=states)
+        done = HANDOFFS.list(connection, instance_id=wanted["id"], state=_WENT)
         epochs = [one.epoch + (one.direction is Direction.IN) for one in done]
         last = max([*epochs, here.epoch if here else 0])
         if wanted["epoch"] <= last:
@@ -558,20 +613,47 @@ class Arrivals:
                 f"instance {wanted['id']} was there in epoch {last} already, "
                 f"and is offered in epoch {wanted['epoch']}"
             )
+        if here and wanted["epoch"] > last + _MOST_EPOCHS:
+            raise ConflictError(
+                f"instance {here.id} was there in epoch {last}, and cannot be in {wanted['epoch']} by now",
+                hint="if it is, have its row there deleted",
+            )
+
+    def _check_left(self, went: Handoff) -> None:
+        """That the peer to which an instance has gone does not answer that it is there still.
+
+        One that is silent, knows nothing of it, or is no peer any more does not say so.
+
+        :raises ConflictError: it does.
+        """
+        try:
+            with self._site.peers.connection(self._peer(went)) as connection:
+                path = f"/v1/peer/handoffs/{went.id}"
+                answer = connection.request("GET", path, timeout=_WHERE_SECONDS)
+            is_there = answer.json["handoff"].get("here") is True
+        except (CloudletError, LookupError, TypeError, AttributeError):
+            return
+        if is_there:
+            raise ConflictError(
+                f"instance {went.instance_id} is at the cloudlet {went.peer_id}, as that says",
+                hint="have it handed off from there",
+            )
 
     def _have_image(self, wanted: Mapping[str, Any], running: Running) -> None:
         """Have the image of the overlay here.
 
-        :raises NotFoundError: neither is it here, nor are the overlay's bytes.
+        :raises NotFoundError: neither is it here, nor are the overlay's bytes; or the user may not use it.
         """
-        root = _root(wanted["root"])
-        image = self._site.machine.images.find(wanted["overlay"])
-        if image and image.read(root):
-            return
         overlay = self._site.database.read(lambda connection: self._overlay(connection, wanted))
         if overlay is None:
             raise NotFoundError(f"the overlay {wanted['overlay'][:16]} of the instance is not there")
         order = self._site.overlays.order(overlay.id, Order(source=""))
+        # What was never fetched as a whole has no identity in its row.
+        if not overlay.identity and self._site.overlays.peek(order.source)[1] != wanted["overlay"]:
+            raise NotFoundError(f"the instance stands on another overlay than {overlay.id}")
+        image = self._site.machine.images.find(wanted["overlay"])
+        if image and image.read(_root(wanted["root"])):
+            return
         networks = self._site.options.fetch_networks
         with open_source(order.source, io.BytesIO(), networks=networks) as source:
             make_image(
@@ -579,16 +661,16 @@ class Arrivals:
             )
 
     def _has_overlay(self, wanted: Mapping[str, Any]) -> bool:
-        if self._site.machine.images.find(wanted["overlay"]):
-            return True
         return self._site.database.read(lambda connection: self._overlay(connection, wanted)) is not None
 
     def _overlay(self, connection: Connection, wanted: Mapping[str, Any]) -> Overlay | None:
-        """The site's own record of the overlay, if its user may use that."""
+        """The site's record of the overlay, if its user may use that, or the instance was here with it."""
         for overlay in OVERLAYS.list(connection, identity=wanted["overlay"], state=FileState.ACTIVE):
             if overlay.public or overlay.user_id == wanted["user_id"]:
                 return overlay
-        return None
+        here = INSTANCES.find(connection, id=wanted["id"])
+        own = OVERLAYS.find(connection, id=here.overlay_id) if here and here.overlay_id else None
+        return own if own and own.identity in (None, wanted["overlay"]) else None
 
     def _ports(self, wanted: Mapping[str, Any]) -> tuple[PublishedPort, ...]:
         """The instance's ports, on this site's address."""
@@ -614,6 +696,18 @@ class Arrivals:
 
 def _described(wanted: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": wanted["name"], "metadata": dict(wanted["metadata"])}
+
+
+def _went_elsewhere(connection: Connection, peer: Peer, offered: Offered) -> Handoff | None:
+    """The hand-off by which an offered instance, which was here, is at another peer, for all one knows."""
+    here = INSTANCES.find(connection, id=offered.instance["id"])
+    away = (InstanceState.MOVED, InstanceState.FAILED)
+    if not here or here.state not in away or HANDOFFS.find(connection, id=offered.id):
+        return None
+    went = HANDOFFS.list(
+        connection, instance_id=here.id, state=_WENT, sort="epoch", descending=True, limit=1
+    )  # fmt: skip
+    return went[0] if went and went[0].peer_id != peer.id else None
 
 
 def _was_lost(connection: Connection, instance: Instance) -> bool:

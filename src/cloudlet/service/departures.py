@@ -22,7 +22,7 @@ from cloudlet.control.handoff import Departure, Progress
 from cloudlet.control.ownership import Ownership, OwnershipFile, Record, read_record
 from cloudlet.control.pace import Terms
 from cloudlet.errors import CloudletError, ConflictError, CorruptError
-from cloudlet.keeper.correspondence import HttpPeer
+from cloudlet.keeper.correspondence import HttpPeer, connector
 from cloudlet.keeper.order import KeeperState, Status, describe
 from cloudlet.service.instances import check_here
 from cloudlet.service.underway import check_not_moving
@@ -63,6 +63,8 @@ _STATES: Mapping[Ownership, HandoffState] = {
 
 _AT_SWITCH = (Ownership.SWITCHING, Ownership.COMMITTED, Ownership.SERVING)
 _GIVEN_AWAY = (Ownership.COMMITTED, Ownership.SERVING, Ownership.COMPLETED, Ownership.LOST)
+_HAS_IT = (Ownership.LOADED, Ownership.RUNNING, Ownership.FILLING)
+"""What a target is that has the instance, whether it runs there already or not."""
 _DECIDES = {"keep": Ownership.REVERTED, "give_up": Ownership.LOST}
 """What an operator's word makes of a departure whose machine is gone."""
 _HEED_SECONDS = 0.5
@@ -89,7 +91,7 @@ class Departures:
     ) -> tuple[Handoff, Operation]:
         """Have an instance handed off to a peer.
 
-        :raises ConflictError: it does not run, or is being handed off already.
+        :raises ConflictError: it does not run, is about to be suspended, or is being handed off already.
         """
         self._site.peers.connection(wish.peer).close()  # which a blocked one has none of
         row = Handoff(
@@ -106,6 +108,7 @@ class Departures:
                 raise ConflictError(
                     f"instance {instance.id} is {before.state}", hint="only one that runs can be handed off"
                 )
+            self._check_goes_on(connection, before)
             paused = before.state is InstanceState.PAUSED
             made = HANDOFFS.insert(connection, replace(row, paused=paused, epoch=before.epoch))
             moving = INSTANCES.update(connection, instance.id, state=InstanceState.MOVING)
@@ -118,6 +121,16 @@ class Departures:
         made, begun = self._site.database.write(begin)
         self._site.work.submit(begun)
         return made, begun
+
+    def _check_goes_on(self, connection: Connection, instance: Instance) -> None:
+        """That nobody has asked for the end of its machine.
+
+        :raises ConflictError: it is about to be suspended.
+        """
+        for begun in self._site.work.open_on(connection, instance.id):
+            if begun.kind == "instance.suspend":
+                hint = f"wait for that, or cancel it: cloudlet operation cancel {begun.id}"
+                raise ConflictError(f"instance {instance.id} is being suspended", hint=hint)
 
     def offer(self, handoff: Handoff) -> dict[str, Any]:
         """What is offered to the peer.
@@ -230,13 +243,19 @@ class Departures:
             return record
 
     @contextmanager
-    def heeding(self, handoff: Handoff, departure: Departure) -> Iterator[None]:
-        """Have a departure without a keeper hear what an operator says of it, until the context is left."""
+    def heeding(self, handoff: Handoff, departure: Departure, peer: HttpPeer) -> Iterator[None]:
+        """Have a departure without a keeper hear what an operator says of it, until the context is left.
+
+        :param peer: whom it asks; if it is somewhere else meanwhile, it is asked there.
+        """
         over = threading.Event()
 
-        def listen() -> None:
+        def listen(known: Mapping[str, str]) -> None:
             while not over.wait(_HEED_SECONDS):
                 try:
+                    if (whom := self._whom(handoff)) != known:
+                        known = whom
+                        peer.be_at(connector(whom, self._site.machine.keys))
                     word = self.get(handoff.id).order.get("word")
                     if word == "keep":
                         departure.keep()
@@ -247,7 +266,7 @@ class Departures:
                 except Exception:
                     LOG.exception("an operator's word on hand-off %s could not be heard", handoff.id)
 
-        thread = threading.Thread(target=listen, name="heeding", daemon=True)
+        thread = threading.Thread(target=listen, args=(self._whom(handoff),), name="heeding", daemon=True)
         thread.start()
         try:
             yield
@@ -337,9 +356,13 @@ class Departures:
         epoch = handoff.epoch + (2 if undone else 0)
 
         def note(connection: Connection) -> None:
-            if HANDOFFS.get(connection, handoff.id, lock=True).state.ended:
+            open_row = HANDOFFS.get(connection, handoff.id, lock=True)
+            if open_row.state.ended:
                 return
-            done = HANDOFFS.update(connection, handoff.id, state=HandoffState.REVERTED, error=describe(error))
+            done = HANDOFFS.update(
+                connection, handoff.id, state=HandoffState.REVERTED, error=describe(error),
+                order=open_row.order_when_reverted,
+            )  # fmt: skip
             journal.emit(connection, "handoff", HandoffState.REVERTED, done, instance_id=done.instance_id)
             before = INSTANCES.get(connection, handoff.instance_id, lock=True)
             if before.state is not InstanceState.MOVING:
@@ -418,7 +441,7 @@ class Departures:
 
         If its machine is gone with its keeper, it has failed here.
 
-        :raises ConflictError: there is nothing to decide, or it runs at the peer.
+        :raises ConflictError: there is nothing to decide, or the peer answers that it has it.
         """
         self._speak(handoff, "keep")
 
@@ -441,7 +464,13 @@ class Departures:
         if handoff.state.ended:
             raise ConflictError(f"the hand-off is {handoff.state}: there is nothing to decide")
         if self._site.keeping.keepers.lives(handoff.instance_id):
-            self._site.keeping.keepers.ask(handoff.instance_id, word, handoff=handoff.id)
+            if word == "keep" and self._is_given_away(handoff):
+                self._check_not_there(handoff)
+            try:
+                self.tell(handoff, word)
+            except ConflictError:
+                if word != "keep" or self.decided(handoff) is not Ownership.REVERTED:
+                    raise  # else the keeper has just heard from its target that this has given it up
             return
         # Its machine is gone with its keeper: what is left to decide is done by the operation.
         try:
@@ -450,6 +479,8 @@ class Departures:
             if word != fitting:
                 hint = f"cloudlet handoff resolve --{fitting.replace('_', '-')}"
                 raise ConflictError(f"its machine is gone, and it is {state}", hint=hint)
+            if word == "keep":
+                self._check_silent(handoff)
         except CorruptError as unreadable:
             if word not in _DECIDES:
                 hint = "cloudlet handoff resolve --keep, or --give-up"
@@ -463,16 +494,48 @@ class Departures:
         self._site.database.write(note)
         self.resolve(handoff)
 
+    def tell(self, handoff: Handoff, word: str, **more: Any) -> None:
+        """Tell the keeper a word about this hand-off, and where its peer is now.
+
+        :raises CloudletError: there is no keeper, or the word does not fit.
+        """
+        self._site.keeping.keepers.ask(
+            handoff.instance_id, word, handoff=handoff.id, peer=self._whom(handoff), **more
+        )
+
+    def _is_given_away(self, handoff: Handoff) -> bool:
+        """Whether the target may run the instance, and has not said that it does, for all one can read."""
+        try:
+            return self.decided(handoff) is Ownership.COMMITTED
+        except CorruptError:
+            return True
+
     def _check_not_there(self, handoff: Handoff) -> None:
         """Have the target give the instance up, if it answers.
 
-        :raises ConflictError: it runs there.
+        :raises ConflictError: it does not.
         """
         peer = self.peer(handoff)
         said = answered(peer.drop) or answered(peer.state)
         peer.close()
         if said and said.state in (Ownership.RUNNING, Ownership.FILLING):
             raise ConflictError("the instance runs at its target", hint="have it deleted there, or let it be")
+        if said and said.state == Ownership.LOADED:
+            raise ConflictError("the target answers, and does not give the instance up", hint="try it again")
+
+    def _check_silent(self, handoff: Handoff) -> None:
+        """That the target does not say that it has the instance: what is there is the only one.
+
+        :raises ConflictError: it says so.
+        """
+        peer = self.peer(handoff)
+        said = answered(peer.state)
+        peer.close()
+        if said and said.state in _HAS_IT:
+            raise ConflictError(
+                f"the target answers, and has the instance: it is {said.state}",
+                hint="wait for it, or cloudlet handoff resolve --retry",
+            )
 
     def cancel(self, handoff: Handoff) -> Operation:
         """Have the instance stay.
@@ -494,13 +557,31 @@ class Departures:
         record = None
         with suppress(CloudletError, OSError):
             record = read_record(self._site.keeping.folder(handoff.instance_id))
+        here = {"here": self.has(handoff.instance_id)}
         if record and record.handoff == handoff.id:
-            return PeerState(record.state, reason=record.reason)
+            return PeerState(record.state, reason=record.reason, told=here)
         known = {
             HandoffState.COMPLETED: Ownership.COMPLETED, HandoffState.REVERTED: Ownership.REVERTED,
             HandoffState.LOST: Ownership.LOST,
         }  # fmt: skip
-        return PeerState(known.get(handoff.state, Ownership.COPYING))
+        return PeerState(known.get(handoff.state, Ownership.COPYING), told=here)
+
+    def has(self, instance_id: str) -> bool:
+        """Whether an instance is this site's, as far as its rows and its keeper say."""
+        leaving = {"instance_id": instance_id, "direction": Direction.OUT, "state": OPEN_HANDOFFS}
+
+        def read(connection: Connection) -> tuple[Instance | None, Handoff | None]:
+            return INSTANCES.find(connection, id=instance_id), HANDOFFS.find(connection, **leaving)
+
+        instance, handoff = self._site.database.read(read)
+        if instance is None or instance.state is not InstanceState.MOVING:
+            return instance is not None and instance.state is not InstanceState.MOVED
+        if handoff is None:
+            return False  # it comes
+        try:
+            return self.decided(handoff) not in _GIVEN_AWAY
+        except CorruptError:
+            return True
 
     def accepted(self, handoff: Handoff, holds: str) -> None:
         """The peer has a place for the instance, on what it holds."""

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 _ASK_SECONDS = 10.0
 """Longest wait for a keeper that is to do what takes no time."""
 _RUNNING = (InstanceState.ACTIVE, InstanceState.PAUSED)
+_GO_ALONG = frozenset({"name", "metadata"})
+"""What another site is told of an instance when that is offered to it."""
 
 
 Aside = Callable[[], AbstractContextManager[Any]]
@@ -148,11 +150,14 @@ class Instances:
     def describe(self, instance: Instance, **changes: Any) -> Instance:
         """Change an instance's name or metadata.
 
-        :raises ConflictError: it is at another site.
+        :raises ConflictError: it is at another site, or on its way: what was changed would be lost there.
         """
 
         def change(connection: Connection) -> Instance:
-            check_here(INSTANCES.get(connection, instance.id, lock=True))
+            before = INSTANCES.get(connection, instance.id, lock=True)
+            check_here(before)
+            if changes.keys() & _GO_ALONG:
+                check_not_moving(connection, before)
             return INSTANCES.update(connection, instance.id, **changes)
 
         return self._site.database.write(change)

@@ -43,6 +43,11 @@ class Leases:
         """A lease has changed."""
         self._poked.set()
 
+    def within(self, seconds: float | None) -> float | None:
+        """Seconds of a lease that another site has given, no more than leases may have here; None: no end."""
+        most = self._site.options.leases.most or None
+        return min((one for one in (seconds, most) if one is not None), default=None)
+
     def close(self) -> None:
         self._closed = True
         self._poked.set()

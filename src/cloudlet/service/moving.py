@@ -133,7 +133,7 @@ class Move(_OfHandoff):
     def undo(self) -> None:
         """Have the keeper stop it, which goes on by itself whoever waits for it."""
         with suppress(CloudletError):  # it is the peer's already, or there is no keeper
-            self.site.keeping.keepers.ask(self.running.instance_id, "stay", timeout=_WORD_SECONDS)
+            self.departures.tell(self.handoff(), "stay", timeout=_WORD_SECONDS)
 
     def _conclude(self, handoff: Handoff) -> dict[str, dict[str, object]]:
         peer = self.departures.peer(handoff)
@@ -141,7 +141,7 @@ class Move(_OfHandoff):
             departure = self.departures.left_alone(handoff, peer)
             if departure is None:
                 raise FailedError("the machine ended before it was handed off")
-            with self.departures.heeding(handoff, departure):
+            with self.departures.heeding(handoff, departure, peer):
                 departure.conclude()
             return {"told": dict(departure.told), "statistics": {}}
         finally:

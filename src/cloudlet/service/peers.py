@@ -10,7 +10,7 @@ import base64
 import re
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -197,7 +197,21 @@ class Peers:
                 journal.emit(connection, "peer", after.state, after, name=after.name)
             return after
 
-        return self._site.database.write(change)
+        after = self._site.database.write(change)
+        if after.url != peer.url:
+            self._tell_where(after)
+        return after
+
+    def _tell_where(self, peer: Peer) -> None:
+        """Have those who are amid a hand-off with a peer ask it where it is now."""
+        whom = {"own_id": self._site.id, "id": peer.id, "url": peer.url, "public_key": peer.public_key}
+        for handoff in self._site.database.read(
+            lambda connection: HANDOFFS.list(connection, peer_id=peer.id, state=OPEN_HANDOFFS)
+        ):
+            with suppress(CloudletError):  # its keeper is gone: whoever asks instead reads it in the row
+                self._site.keeping.keepers.ask(
+                    handoff.instance_id, "find", handoff=handoff.id, peer=whom, timeout=_CALL_SECONDS
+                )
 
     def delete(self, peer: Peer) -> None:
         """Forget a peer, and its key.

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from cloudlet.service.site import ServedSite
 
 LOG = log.getLogger(__name__)
-_COMING = (InstanceState.REQUESTED, InstanceState.SYNTHESISING)
+_COMING = (InstanceState.REQUESTED, InstanceState.SYNTHESISING, InstanceState.MOVING)
+"""What is on its way: it is waited for, and suspended once it is here."""
 _RUNNING = (InstanceState.ACTIVE, InstanceState.PAUSED)
 _OVER = "over"
 

@@ -1,7 +1,8 @@
 """What a site forgets: old operations and hand-offs that have ended, old events, repetitions after a day.
 
 Of an instance's hand-offs the last one that it went by is kept: by that the site knows, also when the
-instance is deleted, that no older copy of it may come.
+instance is deleted, that no older copy of it may come. So is one that came to nothing after the switch, as
+long as its peer is one: that may have been silent since, and ask at last what became of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from oslo_log import log
 from sqlalchemy.engine import Connection
 
 from cloudlet.store import journal, retries, tables
-from cloudlet.store.rows import HandoffState, OperationState, now
+from cloudlet.store.rows import SWITCHED, YES, HandoffState, OperationState, now
 
 if TYPE_CHECKING:
     from cloudlet.service.site import ServedSite
@@ -72,11 +73,13 @@ class Tidying:
 
 def _forget_handoffs(connection: Connection, oldest: datetime) -> None:
     """Forget those that came to nothing, and those after which the instance went by another."""
-    columns, later = tables.handoffs.c, tables.handoffs.alias()
+    columns, later, peers = tables.handoffs.c, tables.handoffs.alias(), tables.peers.c
     went_on = sa.exists().where(
         later.c.instance_id == columns.instance_id, later.c.state.in_(_WENT), later.c.epoch > columns.epoch
     )
-    to_nothing = columns.state == HandoffState.REVERTED
+    switched = sa.func.coalesce(columns.order[SWITCHED].as_string(), "") == YES
+    is_asked_for = sa.and_(switched, sa.exists().where(peers.id == columns.peer_id))
+    to_nothing = sa.and_(columns.state == HandoffState.REVERTED, sa.not_(is_asked_for))
     old = sa.and_(columns.updated_at < oldest, sa.or_(to_nothing, sa.and_(columns.state.in_(_WENT), went_on)))
     while ids := connection.execute(sa.select(columns.id).where(old).limit(_AT_ONCE)).scalars().all():
         connection.execute(sa.delete(tables.handoffs).where(columns.id.in_(ids)))

@@ -193,9 +193,9 @@ class Operation(Owned):
     steps: Sequence[Mapping[str, Any]] = ()
     error: Mapping[str, Any] | None = None
     cancelled: bool = False
+    """Whether somebody asked for its end."""
     subject: str = ""
     """The id of what it must be alone with: operations of the same follow each other."""
-    """Whether somebody asked for its end."""
     request_id: str = ""
 
 
@@ -263,6 +263,9 @@ class HandoffState(StrEnum):
 
 OPEN_HANDOFFS = tuple(state for state in HandoffState if not state.ended)
 """The states of hand-offs that are not decided, or not told of."""
+_AT_SWITCH = (HandoffState.SWITCHING, HandoffState.IN_DOUBT, HandoffState.SERVING)
+SWITCHED, YES = "switched", "yes"
+"""In the order of a hand-off that was reverted: it had come to the switch, and its peer may ask for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,6 +287,11 @@ class Handoff(Owned):
     told: Mapping[str, Any] | None = None
     """Where the instance is since."""
     error: Mapping[str, Any] | None = None
+
+    @property
+    def order_when_reverted(self) -> dict[str, Any]:
+        """What was asked for, with a mark if it had come to the switch."""
+        return {**self.order, **({SWITCHED: YES} if self.state in _AT_SWITCH else {})}
 
 
 class Row(Protocol):

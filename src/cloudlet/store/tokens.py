@@ -17,7 +17,7 @@ from typing import Any
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from cloudlet.errors import RefusedError
+from cloudlet.errors import CapacityError, RefusedError
 
 LIFETIME_SECONDS = 60
 SKEW_SECONDS = 120
@@ -26,6 +26,7 @@ _ALGORITHM = "EdDSA"
 _MOST_LETTERS = 4096
 _MOST_ID_LETTERS = 64
 _MOST_SEEN = 65_536
+"""Of one issuer: some 270 requests in each second, for as long as they are remembered."""
 _UNVERIFIED = {"verify_signature": False}
 _SIGNATURE_ONLY = {
     "verify_signature": True,
@@ -56,24 +57,27 @@ class Seen:
 
     def __init__(self, most: int = _MOST_SEEN) -> None:
         self._most = most
-        self._until: dict[tuple[str, str], float] = {}
-        """In the order in which they came, which is that in which they are forgotten."""
+        self._until: dict[str, dict[str, float]] = {}
+        """By issuer, so that one who sends many keeps nobody else away; in the order in which they came,
+        which is that in which they are forgotten."""
         self._lock = threading.Lock()
 
     def add(self, issuer: str, token_id: str) -> None:
-        """Note a token.
+        """Note a token of an issuer who is known.
 
-        :raises TokenError: it was here before, or there are too many at once.
+        :raises TokenError: it was here before.
+        :raises CapacityError: this issuer has sent too many.
         """
         now = time.monotonic()
         with self._lock:
-            while self._until and (first := next(iter(self._until.items())))[1] <= now:
-                del self._until[first[0]]
-            if (issuer, token_id) in self._until:
+            until = self._until.setdefault(issuer, {})
+            while until and (first := next(iter(until.items())))[1] <= now:
+                del until[first[0]]
+            if token_id in until:
                 raise TokenError("the token was used before")
-            if len(self._until) >= self._most:
-                raise TokenError("too many tokens came at once", hint="try again in a few minutes")
-            self._until[issuer, token_id] = now + 2 * SKEW_SECONDS + 1
+            if len(until) >= self._most:
+                raise CapacityError("too many tokens came at once", hint="try again in a few minutes")
+            until[token_id] = now + 2 * SKEW_SECONDS + 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,12 @@ class Networks:
         except (OSError, UnicodeError):
             return
 
+    def allows(self, address: str) -> bool:
+        """Whether an address, as numbers, may be reached."""
+        meant = ip_address(address)
+        family = socket.AF_INET if meant.version == 4 else socket.AF_INET6
+        return self._may(family, (address, 0), meant)
+
     def connect(self, host: str, port: int, timeout: float | None) -> socket.socket:
         """A connection to one of a host's addresses that may be reached.
 

@@ -12,6 +12,7 @@ import json as json_
 import secrets
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -38,6 +39,13 @@ DESCRIPTION_PATH = "/v1/peer"
 _MOST_ANSWER_BYTES = 4 << 20
 _KEPT_SECONDS = 5.0
 """A connection that was not used for longer is not used again: the peer may end it at that moment."""
+_CONNECT_SECONDS = 10.0
+"""Longest time until somebody is connected, and until they have said a word of TLS, however long an answer
+may take."""
+_SILENT_SECONDS = 10.0
+"""So long the other end's kernel may confirm nothing of what was sent, or asked of it while nothing was."""
+_PROBE_AFTER, _PROBE_EVERY = 0.4, 0.2
+"""Shares of that: until a line on which nothing is sent is tried, and between two attempts."""
 _PIECE = 64 << 10
 _NO_CLOUDLET_HINT = "give the URL that its operator sees in: cloudlet site show"
 _UNREACHABLE_HINT = "is the peer served there, and can it be reached?"
@@ -104,10 +112,10 @@ class PeerConnection:
         self.close()
 
     def close(self) -> None:
-        """End the connection; for any thread: who waits for an answer gets an error. The next request makes
-        another connection.
+        """End the connection; for any thread: who waits for an answer gets an error, and does not ask again.
+        The next request makes another connection.
         """
-        self._line.close()
+        self._line.end()
 
     def request(
         self,
@@ -122,10 +130,13 @@ class PeerConnection:
     ) -> Answer:
         """Ask the peer for something that may be asked for twice: a connection that was cut asks again.
 
+        One on which nothing came does not.
+
         :param path: as the API has it, such as ``/v1/peer/handoffs``.
         :param json: the body, as a value; or ``body``: its bytes. Pieces need a ``Content-Length`` among the
             headers; where they come from an iterator, which goes only once, nothing is asked twice.
-        :param timeout: seconds to connect, for each piece that is sent, and for the answer as a whole.
+        :param timeout: seconds to connect (10 at most), for each piece that is sent, and for the answer as a
+            whole. A peer whose kernel is silent for 10 s does not answer, whatever is allowed.
         :raises UnreachableError: the peer does not answer.
         :raises StrangerError: somebody else does.
         :raises PeerError: it answers with an error.
@@ -177,7 +188,7 @@ def describe(url: str, *, timeout: float) -> Description:
 
     Who answers has shown that the connection is of who has that key. Whose key it is nobody knows yet.
 
-    :param timeout: seconds to connect, and for the answer.
+    :param timeout: seconds to connect (10 at most), and for the answer.
     :raises ImpossibleError: that is no URL of a cloudlet.
     :raises UnreachableError: nobody answers.
     :raises IntegrityError: what answers is no cloudlet, or others stand in between.
@@ -207,11 +218,27 @@ class _Line:
         """SHA-256 of the certificate that the peer's description has named."""
         self._connection: _Connection | None = None
         self._used = 0.0
+        self._asking = threading.Lock()
+        """Held by the thread that asks."""
+        self._ends = 0
+        """How often nobody wanted to wait any more."""
 
     def close(self) -> None:
         connection, self._connection = self._connection, None
         if connection:
             connection.end()
+
+    def end(self) -> None:
+        """Close it; who asks just now gets an error instead of an answer. For any thread."""
+        self._ends += 1
+        if connection := self._connection:
+            connection.cut()
+        # Who asks closes it: its descriptor's number could be another file's when they look at it next.
+        if self._asking.acquire(blocking=False):
+            try:
+                self.close()
+            finally:
+                self._asking.release()
 
     def describe(self, timeout: float) -> Description:
         """The description of who is there, verified, and with it the connection."""
@@ -236,16 +263,25 @@ class _Line:
 
         :param headers: called for each try.
         """
-        while True:
-            tries -= 1
-            kept = self._kept()
+        with self._asking:
+            ends = self._ends
             try:
-                with self._heard(timeout):
-                    connection = kept or self._verified(timeout)
-                    return self._asked(connection, method, target, body, headers(), timeout)
-            except UnreachableError:
-                if not kept or not tries:
-                    raise
+                while True:
+                    tries -= 1
+                    kept = self._kept()
+                    try:
+                        with self._heard(timeout):
+                            connection = kept or self._verified(timeout)
+                            if self._ends != ends:
+                                raise NotConnected("the connection was ended here")
+                            return self._asked(connection, method, target, body, headers(), timeout)
+                    except UnreachableError as error:
+                        silent = isinstance(error.__cause__, TimeoutError)
+                        if not kept or not tries or silent or self._ends != ends:
+                            raise
+            finally:
+                if self._ends != ends:
+                    self.close()
 
     def _kept(self) -> _Connection | None:
         if self._connection and time.monotonic() - self._used > _KEPT_SECONDS:
@@ -299,7 +335,8 @@ class _Line:
 
     def _fresh(self, timeout: float) -> _Connection:
         self.close()
-        connection = _Connection(self._host, self._port, timeout)
+        seconds = min(timeout, _CONNECT_SECONDS)
+        connection = _Connection(self._host, self._port, seconds)
         try:
             connection.connect()
         except ssl.SSLError as error:
@@ -308,6 +345,9 @@ class _Line:
                 f"{self.url} does not speak {_VERSIONS.get(error.reason or '', 'TLS')} there",
                 hint=_UNREACHABLE_HINT,
             ) from error
+        except TimeoutError as error:
+            connection.end()
+            raise UnreachableError(f"{self.url} {_said(error, seconds)}", hint=_UNREACHABLE_HINT) from error
         except BaseException:
             connection.end()
             raise
@@ -412,15 +452,28 @@ class _Connection(HTTPSConnection):
         super().connect()
         assert self.sock
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _notice_silence(self.sock)
         self.certificate = _Certificate.of(self.sock.getpeercert(binary_form=True) or b"")
 
-    def end(self) -> None:
-        """End it; whoever reads from it is woken."""
+    def cut(self) -> None:
+        """Carry nothing any more; whoever reads from it or writes to it is woken."""
         if sock := self.sock:
             with suppress(OSError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of TLS there would be more to do
+
+    def end(self) -> None:
+        """End it."""
+        self.cut()
         with suppress(OSError):
             self.close()
+
+
+def _notice_silence(sock: socket.socket) -> None:
+    """Have the kernel end a connection whose other end confirms nothing: nobody says so if packets vanish."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(_SILENT_SECONDS * 1000))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(_SILENT_SECONDS * _PROBE_AFTER)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, int(_SILENT_SECONDS * _PROBE_EVERY)))
 
 
 def _said(error: Exception, timeout: float) -> str:

@@ -134,6 +134,9 @@ class Wire:
 
         return self._carry("drop", drop)
 
+    def close(self) -> None:
+        """Nothing stays on its way here."""
+
     def ask(self) -> PeerState:
         """The target asks how the source has decided."""
 

@@ -58,7 +58,7 @@ def state(call: Call, handoff: Handoff, query: StateQuery) -> PeerStateBody:
     ends = time.monotonic() + query.wait
     found = _found(call, handoff)
     if found.state == "preparing" and query.wait:
-        with call.waiters.one():
+        with call.turns.one(f"state:{handoff.id}"), call.waiters.one():
             while found.state == "preparing" and time.monotonic() < ends:
                 time.sleep(_LOOK_SECONDS)
                 found = _found(call, handoff)
@@ -69,13 +69,14 @@ def records(call: Call, handoff: Handoff, query: RecordsQuery, upload: Upload) -
     """RECORDS: have them loaded."""
     if upload.length > MOST_RECORDS_BYTES:
         raise LimitError(f"{upload.length} bytes of records came; {MOST_RECORDS_BYTES} are allowed at a time")
-    body = _read(upload)
-    return _state(call, call.site.arrivals.records(_coming(handoff), query.first, body))
+    with call.turns.one(f"records:{handoff.id}"):
+        body = _read(upload)
+        return _state(call, call.site.arrivals.records(_coming(handoff), query.first, body))
 
 
 def wanted(call: Call, handoff: Handoff, query: WantedQuery) -> PeerWantedBody:
     """WANTED: which missing pages the instance has waited for, as soon as there is one."""
-    with call.waiters.one():
+    with call.turns.one(f"wanted:{handoff.id}"), call.waiters.one():
         found = call.site.arrivals.wanted(_coming(handoff), query.after, query.wait)
     return PeerWantedBody(handoff=PeerWantedView.of(found, call.site.api_url))
 

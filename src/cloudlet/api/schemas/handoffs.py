@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from cloudlet.api.schemas.common import (
     ErrorView,
@@ -187,7 +188,10 @@ class PeerPort(Incoming):
     """A port of the instance."""
 
     guest_port: int = Field(ge=1, le=65535)
-    host: str = Field("", max_length=255, description="at the source")
+    # Sources send it, and what is not listed is refused; nobody reads it.
+    host: str = Field(
+        "", max_length=255, description="at the source; the target publishes on its own address"
+    )
     host_port: int = Field(0, ge=0, le=65535, description="that was asked for; 0: any")
     name: str = Field("", max_length=64)
 
@@ -206,11 +210,17 @@ class OfferedInstance(Incoming):
     early: bool = Field(False, description="whether its app allows that it is lost on its way")
     lease: Lease
     paused: bool = False
-    cpus: int = Field(1, ge=1, le=1024)
+    cpus: int | None = Field(None, ge=1, le=1024, description="as its root says, too")
     created_at: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?\+00:00$")
     root: str = Field(max_length=100_000, description="of its overlay, in base64")
     overlay: Identity
     generation_id: str = Field("", pattern=r"^[0-9a-fA-F-]{0,36}$")
+
+    @field_validator("created_at")
+    @classmethod
+    def _is_a_moment(cls, text: str) -> str:
+        datetime.fromisoformat(text)
+        return text
 
 
 class Offer(Incoming):
@@ -268,6 +278,7 @@ class PeerStateView(View):
     endpoints: list[Mapping[str, Any]]
     api_url: str
     events_after: int | None
+    here: bool | None = Field(description="whether the instance is at this end now; null: it does not say so")
 
     @classmethod
     def of(cls, state: PeerState, api_url: str) -> PeerStateView:
@@ -280,6 +291,7 @@ class PeerStateView(View):
             endpoints=list(told.get("endpoints") or ()),
             api_url=api_url,
             events_after=told.get("events_after"),
+            here=told.get("here"),
         )
 
 

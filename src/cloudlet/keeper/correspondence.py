@@ -62,7 +62,7 @@ class HttpPeer:
         self._connect = connect
         self._path = f"{_PATH}/{handoff}"
         self._turn = 0
-        """How often the peer has moved."""
+        """How often all connections were ended."""
         self._own = threading.local()
         self._connections: list[PeerConnection] = []
         self._lock = threading.Lock()
@@ -75,7 +75,6 @@ class HttpPeer:
     def be_at(self, connect: Callable[[], PeerConnection]) -> None:
         """The peer is reached otherwise from now on; who waits for an answer is told that none comes."""
         self._connect = connect
-        self._turn += 1
         self.close()
 
     def offer(self, offer: Mapping[str, Any]) -> PeerState:
@@ -113,8 +112,9 @@ class HttpPeer:
         return self._ask("GET", f"{self._path}/wanted", query=query, timeout=_ASK_SECONDS + wait)
 
     def close(self) -> None:
-        """End all connections, those of other threads too: nobody asks any more."""
+        """End all connections, those of other threads too. Who asks again has one made anew."""
         with self._lock:
+            self._turn += 1
             for connection in self._connections:
                 connection.close()
             self._connections.clear()

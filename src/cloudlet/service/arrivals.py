@@ -205,7 +205,6 @@ class Arrivals:
         """Have records loaded that came.
 
         :raises CorruptError: they are damaged.
-        :raises ConflictError: those before them have not come.
         """
         return self._ask(handoff, "records", _LOAD_SECONDS, answers_first=True, first=first, body=body)
 

@@ -427,6 +427,7 @@ def test_without_fuse_it_starts_when_all_is_here(
     nothing_left(settings)
 
 
+@pytest.mark.slow
 def test_without_fuse_an_overlay_is_made_and_says_so(
     early: Hello, cloudlet: CommandLine, settings: Settings, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from tests.qemu.conftest import Warm
 
 pytestmark = pytest.mark.qemu
 
-BASES = ("quick_base", "debian_base")
+BASES = ("quick_base", pytest.param("debian_base", marks=pytest.mark.slow))
 """Fixtures of bases that give clones an identity; each guest has what it has of host keys and the like."""
 
 _IDENTITY = """

@@ -114,6 +114,7 @@ def test_bytes_that_are_no_state_are_refused_before_qemu_sees_them(
         assert waiting.instance.state() is RunState.INCOMING
 
 
+@pytest.mark.slow
 def test_noise_within_right_frames_is_one_clean_error_or_a_machine_that_ends(
     site: Site, quick_base: Base, sections: list[Section]
 ) -> None:

@@ -45,7 +45,7 @@ def twin(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Twin:
     return Twin.make(site, site.bases.get(warm.base_id), warm, folder)
 
 
-@pytest.mark.parametrize("seed", [SEED, SEED + 1])
+@pytest.mark.parametrize("seed", [SEED, pytest.param(SEED + 1, marks=pytest.mark.slow)])
 def test_what_arrives_is_what_an_eager_twin_has(
     seed: int, site: Site, warm: Warm, warm_base: Base, twin: Twin, tmp_path: Path
 ) -> None:

@@ -148,6 +148,7 @@ def test_the_board_loses_its_memory(shared: Shared, made: Made) -> None:
     wait(shared.is_empty, shared.log)
 
 
+@pytest.mark.slow
 def test_what_one_process_is_told_all_know(shared: Shared, made: Made) -> None:
     """A machine that ends, an operation that is cancelled, an event that is waited for."""
     house = shared.conduct()
@@ -207,6 +208,7 @@ def test_figures_of_a_conductor(shared: Shared, made: Made) -> None:
     assert 'cloudlet_synthesis_seconds_count{moment="ready"} 1.0' in figures
 
 
+@pytest.mark.slow
 def test_errors_of_a_conductor(shared: Shared, tmp_path: Path, made: Made, hashed: str) -> None:
     def said(settings: Path) -> tuple[int, str]:
         done = subprocess.run(

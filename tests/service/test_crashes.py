@@ -51,6 +51,7 @@ def test_killed_while_a_base_is_imported(options: Options, made: Made, hashed: s
     assert check_after(options)["states"]["base.import"] == "succeeded"
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_under_load(
     options: Options, made: Made, hashed: str, tmp_path: Path
 ) -> None:

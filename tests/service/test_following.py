@@ -452,7 +452,7 @@ def test_deleting_it_where_it_has_left_works_without_its_keeper(
         assert page(*address(b.call.instance(instance["id"])))
 
 
-@pytest.mark.parametrize("listen", ["127.0.0.1:0", "0.0.0.0:0"])
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", pytest.param("0.0.0.0:0", marks=pytest.mark.slow)])
 def test_where_the_api_listens_is_what_users_are_told(
     listen: str, made: Made, hashed: str, tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ from tests.service.handoff_world import Worlds
 from tests.service.watching import Observer, User, guests_below
 
 SEED = int(os.environ.get("CLOUDLET_FAULTS_SEED", "4"))
-COUNT = int(os.environ.get("CLOUDLET_FAULTS", "6"))
+COUNT = int(os.environ.get("CLOUDLET_FAULTS", "4"))
 
 FOUND = (("preparing", "target's clock ahead"), ("running", "disk full at source"))
 """Cells of what was wrong once."""

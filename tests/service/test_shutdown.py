@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import requests
 
 from cloudlet.hypervisor.records import records
@@ -72,6 +73,7 @@ def another_boot(database: Path) -> None:
     connection.close()
 
 
+@pytest.mark.slow
 def test_it_is_taken_back(tmp_path: Path, made: Made, hashed: str) -> None:
     settings = settings_file(tmp_path, made, hashed)
     with served(settings) as server:

@@ -70,7 +70,10 @@ def answering(port: int, process: subprocess.Popen[bytes], log: Path) -> Caller:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("server", [gunicorn, uwsgi], ids=["gunicorn", "uwsgi"])
+@pytest.mark.parametrize(
+    "server",
+    [pytest.param(gunicorn, id="gunicorn"), pytest.param(uwsgi, id="uwsgi", marks=pytest.mark.slow)],
+)
 def test_two_workers_and_a_conductor(server: object, tmp_path: Path, made: Made, hashed: str) -> None:
     port, log = free_port(), tmp_path / "server.log"
     with redis(tmp_path) as board:
@@ -127,6 +130,7 @@ def test_a_second_process_needs_a_job_board(tmp_path: Path, made: Made, hashed: 
     assert "is served already" in log.read_text()
 
 
+@pytest.mark.slow
 def test_one_worker_is_replaced_without_a_job_board(tmp_path: Path, made: Made, hashed: str) -> None:
     settings = settings_file(tmp_path, made, hashed)
     port, log = free_port(), tmp_path / "server.log"

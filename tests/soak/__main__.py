@@ -249,7 +249,7 @@ def another_base(soak: Soak) -> list[str | Path]:
 
 
 def slow_tests(soak: Soak) -> None:
-    """The tests that take minutes: whole distributions, imported, changed and rebooted."""
+    """The tests that take long: whole distributions, imported, changed and rebooted; second servers."""
 
     def tries(count: int) -> Iterator[str]:
         command = [sys.executable, "-m", "pytest", "-q", "-m", "slow"]
@@ -257,7 +257,12 @@ def slow_tests(soak: Soak) -> None:
         if done.returncode:
             yield done.stdout[-2000:]
 
-    soak.row("cloud and UEFI images imported, changed and rebooted", "as the tests say", 1, tries)
+    soak.row(
+        "the tests that take long: images of others, a Debian base, second servers",
+        "as the tests say",
+        1,
+        tries,
+    )
 
 
 PARTS: dict[str, tuple[Callable[[Soak], None], ...]] = {
@@ -271,7 +276,7 @@ PARTS: dict[str, tuple[Callable[[Soak], None], ...]] = {
     "bridge": (there_and_back,),
 }
 TITLES = {
-    "bases": "Images of others",
+    "bases": "Images of others, and what else takes long",
     "main": "Faults in large numbers",
     "early": "Early starts in large numbers",
     "service": "A site that serves, in large numbers",

@@ -379,4 +379,4 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = tried(max_examples=30, stateful_step_count=30, deadline=None)
+TestLedgerMachine.settings = tried(max_examples=12, stateful_step_count=25, deadline=None)

@@ -178,12 +178,7 @@ class Arrivals:
                 generation_id=wanted["generation_id"],
                 paused=handoff.paused,
                 patience=self._site.options.peers.patience_seconds,
-                peer={
-                    "own_id": self._site.id,
-                    "id": peer.id,
-                    "url": peer.url,
-                    "public_key": peer.public_key,
-                },
+                peer=self._site.peers.whom(peer),
                 early=handoff.order["early"],
             ),
         )

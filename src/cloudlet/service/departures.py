@@ -609,5 +609,4 @@ class Departures:
         return self._site.database.read(lambda connection: PEERS.get(connection, handoff.peer_id))
 
     def _whom(self, handoff: Handoff) -> dict[str, str]:
-        peer = self._peer(handoff)
-        return {"own_id": self._site.id, "id": peer.id, "url": peer.url, "public_key": peer.public_key}
+        return self._site.peers.whom(self._peer(handoff))

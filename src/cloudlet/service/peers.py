@@ -202,15 +202,22 @@ class Peers:
             self._tell_where(after)
         return after
 
+    def whom(self, peer: Peer) -> dict[str, str]:
+        """A peer as a keeper is told of it, and who asks it."""
+        return {"own_id": self._site.id, "id": peer.id, "url": peer.url, "public_key": peer.public_key}
+
     def _tell_where(self, peer: Peer) -> None:
         """Have those who are amid a hand-off with a peer ask it where it is now."""
-        whom = {"own_id": self._site.id, "id": peer.id, "url": peer.url, "public_key": peer.public_key}
         for handoff in self._site.database.read(
             lambda connection: HANDOFFS.list(connection, peer_id=peer.id, state=OPEN_HANDOFFS)
         ):
             with suppress(CloudletError):  # its keeper is gone: whoever asks instead reads it in the row
                 self._site.keeping.keepers.ask(
-                    handoff.instance_id, "find", handoff=handoff.id, peer=whom, timeout=_CALL_SECONDS
+                    handoff.instance_id,
+                    "find",
+                    handoff=handoff.id,
+                    peer=self.whom(peer),
+                    timeout=_CALL_SECONDS,
                 )
 
     def delete(self, peer: Peer) -> None:

@@ -18,9 +18,9 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cloudlet.admission.signed import SIGNATURE_ONLY
 from cloudlet.errors import RefusedError
 from cloudlet.store.token_keys import base64url, thumbprint
+from cloudlet.store.tokens import SIGNATURE_ONLY
 
 TYPE = "dpop+jwt"
 ALGORITHMS = {"EdDSA": ("OKP", "Ed25519"), "ES256": ("EC", "P-256")}

@@ -11,25 +11,14 @@ from typing import Any
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from jwt.types import Options
 
 from cloudlet.errors import RefusedError
 from cloudlet.store.token_keys import TokenKey
+from cloudlet.store.tokens import SIGNATURE_ONLY
 
 ALGORITHM = "EdDSA"
 MOST_LETTERS = 8192
 _MOST_TEXT_LETTERS = 255
-SIGNATURE_ONLY: Options = {
-    "verify_signature": True,
-    "verify_exp": False,
-    "verify_nbf": False,
-    "verify_iat": False,
-    "verify_aud": False,
-    "verify_iss": False,
-    "verify_sub": False,
-    "verify_jti": False,
-}
-"""For PyJWT: all else is looked at by who asks, by the clock that is passed in."""
 
 
 class SignedError(RefusedError):
